@@ -1,0 +1,32 @@
+# make demo: install, train on the sample dataset, classify test_images/. make test: install, run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint
+
+demo: $(VENV)/installed sample_run/trained
+	$(BIN)/python zero_shot_demo.py --checkpoint_path sample_run/saved_checkpoints --img_dir test_images --show_predictions
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Trained once; to train again: rm -r sample_run
+sample_run/trained: | $(VENV)/installed
+	$(BIN)/python train.py --sample
+	touch $@
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet pytest hypothesis ruff
+	touch $@

@@ -1,0 +1,1 @@
+"""Captioned images in, uint8 batches out."""

@@ -1,0 +1,113 @@
+"""CLIP's modified ResNet image encoder (Radford et al. 2021, section 2.4), with OpenAI's parameter names."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Bottleneck(nn.Module):
+    """A ResNet bottleneck whose stride is an average pool, so that every convolution has stride 1 (anti-aliasing).
+
+    Takes [batch, in_channels, height, width], returns [batch, 4 * channels, height / stride, width / stride].
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                OrderedDict(
+                    {
+                        "-1": nn.AvgPool2d(stride),
+                        "0": nn.Conv2d(in_channels, out_channels, 1, bias=False),
+                        "1": nn.BatchNorm2d(out_channels),
+                    }
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.avgpool(x)))
+        return self.relu(x + identity)
+
+
+class AttentionPool2d(nn.Module):
+    """Multi-head attention pooling: the mean over positions queries the mean and all positions.
+
+    Takes [batch, channels, height, width], returns [batch, output_dim]. Only that one query is computed.
+    """
+
+    def __init__(self, spatial_dim: int, channels: int, heads: int, output_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(spatial_dim**2 + 1, channels) / channels**0.5)
+        self.k_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, output_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # [batch, height * width, channels]
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        q, k, v = (
+            projection.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, length, 64]
+            for projection in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a stem of three convolutions, anti-aliased strides and attention pooling.
+
+    Takes images [batch, 3, resolution, resolution], returns features [batch, embed_dim].
+    """
+
+    def __init__(self, *, layers: Sequence[int], resolution: int, width: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(2)
+
+        channels = [width, *(width * 2**stage * Bottleneck.expansion for stage in range(4))]
+        self.layer1 = self._stage(channels[0], width, layers[0], stride=1)
+        self.layer2 = self._stage(channels[1], width * 2, layers[1], stride=2)
+        self.layer3 = self._stage(channels[2], width * 4, layers[2], stride=2)
+        self.layer4 = self._stage(channels[3], width * 8, layers[3], stride=2)
+        self.attnpool = AttentionPool2d(resolution // 32, channels[4], heads, embed_dim)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        out_channels = channels * Bottleneck.expansion
+        return nn.Sequential(
+            Bottleneck(in_channels, channels, stride),
+            *(Bottleneck(out_channels, channels) for _ in range(1, blocks)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x)

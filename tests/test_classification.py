@@ -1,0 +1,87 @@
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from dataloader.classification import find_images, load_cifar, load_class_folders
+from utils.errors import UserError
+
+
+def write_cifar100(folder: Path, monkeypatch, images: np.ndarray, labels: list[int], classnames: list[str]) -> Path:
+    """Write a test split in CIFAR100's format and tell torchvision its checksums."""
+    files = folder / "CIFAR100" / CIFAR100.base_folder
+    files.mkdir(parents=True)
+    contents = {
+        "test": {"data": images.transpose(0, 3, 1, 2).reshape(len(images), -1), "fine_labels": labels},
+        "meta": {"fine_label_names": classnames},
+        "train": {},
+    }
+    sums = {}
+    for name, content in contents.items():
+        (files / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((files / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    return folder / "CIFAR100"
+
+
+def test_cifar_is_read_with_spaces_for_underscores(tmp_path: Path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    folder = write_cifar100(tmp_path, monkeypatch, images, [1, 0, 2, 2, 1], ["apple", "palm_tree", "whale"])
+    dataset = load_cifar(folder)
+    assert dataset.classnames == ["apple", "palm tree", "whale"] and dataset.labels == [1, 0, 2, 2, 1]
+    assert all(np.array_equal(picture, pixels) for picture, pixels in zip(dataset.images, images, strict=True))
+
+
+def test_cifar_that_cannot_be_fetched_says_what_to_place_where(tmp_path: Path, monkeypatch):
+    def no_network(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    with pytest.raises(UserError, match="CIFAR10 is not in .* download https://.*cifar-10-python.tar.gz"):
+        load_cifar(tmp_path / "CIFAR10")
+    with pytest.raises(UserError, match="call it CIFAR10 or CIFAR100"):
+        load_cifar(tmp_path / "cifar")
+
+
+def make_folders(root: Path, names: list[str]) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / name / "1.png")
+        (root / name / "notes.txt").touch()
+    return root
+
+
+def test_a_folder_a_class(tmp_path: Path):
+    dataset = load_class_folders(make_folders(tmp_path, ["palm_tree", "apple", ".hidden"]))
+    assert dataset.classnames == ["apple", "palm tree"] and dataset.labels == [0, 1]
+    assert [image.parent.name for image in dataset.images] == ["apple", "palm_tree"]
+    assert load_class_folders(tmp_path, ["fruit", "plant"]).classnames == ["fruit", "plant"]
+
+
+@pytest.mark.parametrize(
+    ("names", "classnames", "message"),
+    [
+        (["n01440764", "n01443537"], None, "numbers or ids .* give --class_names"),
+        (["0", "1", "10"], None, "numbers or ids"),
+        (["a", "b"], ["x"], "1 names for the 2 folders"),
+        ([], None, "holds no folder"),
+    ],
+)
+def test_folders_that_cannot_be_named_are_refused(tmp_path: Path, names, classnames, message):
+    with pytest.raises(UserError, match=message):
+        load_class_folders(make_folders(tmp_path, names), classnames)
+
+
+def test_folders_without_images_are_refused(tmp_path: Path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    for load, message in ((load_class_folders, "hold no image"), (find_images, "holds no image")):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / "set")
+        with pytest.raises(UserError, match="does not exist"):
+            load(tmp_path / "absent")

@@ -1,0 +1,141 @@
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision.transforms import functional as TF
+
+from dataloader.images import ORIENTATION_TAG, UnreadableImageError, load_image, normalize, to_tensor
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (224, 224), (100, 57), (225, 224)])
+def test_preprocessing_equals_torchvisions(tmp_path: Path, size):
+    noise(*size).save(tmp_path / "a.png")
+    expected = CenterCrop(224)(Resize(224, InterpolationMode.BICUBIC)(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(load_image(tmp_path / "a.png", 224), expected)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_scaled_decoding_of_photographs_is_close_to_full_decoding(data_dir, size):
+    files = sorted((data_dir / "coco_mini").glob("*/*.jpg"))
+    ratios = []
+    for file in files:
+        full, scaled = (np.asarray(load_image(file, size, scaled_decoding=s), dtype=float) for s in (False, True))
+        ratios.append(10 * np.log10(255**2 / max(1e-3, ((full - scaled) ** 2).mean())))
+    assert len(ratios) == 64
+    assert min(ratios) > 28 and np.median(ratios) > 37  # dB; a shift by one pixel gives about 22
+
+
+def test_scaled_decoding_does_not_decode_in_full(tmp_path: Path, monkeypatch):
+    noise(640, 480).save(tmp_path / "a.jpg")
+    decoded = []
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(self.size) or convert(self, mode))
+    load_image(tmp_path / "a.jpg", 224, scaled_decoding=True)
+    load_image(tmp_path / "a.jpg", 224)
+    assert decoded == [(320, 240), (640, 480)]
+
+
+def _grey16() -> Image.Image:
+    return Image.fromarray(np.full((40, 40), 0x8000, dtype=np.uint16))
+
+
+def _palette_with_transparency() -> Image.Image:
+    image = Image.new("P", (40, 40), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(0, (0, 0, 20, 40))
+    image.info["transparency"] = 0
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "expected"),
+    [
+        (Image.new("L", (40, 40), 128), "png", (128, 128, 128)),
+        (Image.new("1", (40, 40), 1), "png", WHITE),
+        (_grey16(), "png", (128, 128, 128)),
+        (Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "tif", RED),
+        (Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "png", WHITE),
+        (Image.new("RGBA", (40, 40), (255, 0, 0, 255)), "webp", RED),
+        (Image.new("LA", (40, 40), (0, 0)), "png", WHITE),
+        (Image.new("RGB", (40, 40), RED), "gif", RED),
+    ],
+)
+def test_any_mode_becomes_rgb_and_what_is_transparent_white(tmp_path: Path, image, suffix, expected):
+    image.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    loaded = load_image(tmp_path / f"a.{suffix}", 32)
+    assert loaded.mode == "RGB" and loaded.size == (32, 32)
+    assert loaded.getpixel((16, 16)) == expected
+
+
+def test_a_transparent_palette_becomes_white_where_it_is_transparent(tmp_path: Path):
+    _palette_with_transparency().save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png", 40)
+    assert loaded.getpixel((5, 20)) == WHITE and loaded.getpixel((35, 20)) == RED
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("scaled_decoding", [False, True])
+def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, orientation, scaled_decoding):
+    image = noise(160, 120)
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    loaded = load_image(tmp_path / "a.jpg", 40, scaled_decoding=scaled_decoding)
+    difference = np.abs(np.asarray(loaded, float) - np.asarray(load_image(upright, 40), float)).mean()
+    wrong = np.abs(np.asarray(loaded, float) - np.asarray(load_image(upright.rotate(180), 40), float)).mean()
+    assert difference < 6 < wrong
+
+
+DAMAGED = ["truncated.jpg", "empty.jpg", "text.jpg", "header_only.png", "folder.jpg", "absent.jpg"]
+
+
+def damaged_files(folder: Path) -> dict[str, Path]:
+    good = io.BytesIO()
+    noise(200, 200).save(good, "JPEG")
+    contents = {
+        "truncated.jpg": good.getvalue()[: len(good.getvalue()) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"not an image",
+        "header_only.png": b"\x89PNG\r\n\x1a\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.jpg").mkdir()
+    return {name: folder / name for name in DAMAGED}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_an_unreadable_file_says_why(tmp_path: Path, name):
+    with pytest.raises(UnreadableImageError) as error:
+        load_image(damaged_files(tmp_path)[name], 32)
+    assert str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch):
+    Image.new("1", (400, 400)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with warnings.catch_warnings(), pytest.raises(UnreadableImageError, match="decompression bomb"):
+        warnings.simplefilter("ignore")
+        load_image(tmp_path / "a.png", 32)
+
+
+def test_normalization_equals_torchvisions_and_is_channels_last():
+    mean, std = (0.4225, 0.4012, 0.3659), (0.2681, 0.2635, 0.2763)
+    images = torch.stack([to_tensor(noise(32, 32, seed)) for seed in range(3)])
+    normalized = normalize(images, mean, std)
+    assert images.dtype == torch.uint8 and normalized.dtype == torch.float32
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normalized, TF.normalize(images / 255, mean, std), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from model import CLIP
+from tests.conftest import TINY
+from trainer.config import load_train_config
+from trainer.optim import build_optimizer, clip_logit_scale, cosine_warmup_lr, gradient_norm, set_lr
+
+
+def lr(step: int) -> float:
+    return cosine_warmup_lr(step, base_lr=1.0, warmup_steps=4, total_steps=20)
+
+
+def test_the_schedule_warms_up_linearly_and_then_follows_a_cosine_to_zero():
+    assert [lr(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr(4) == 1.0
+    assert lr(12) == pytest.approx(0.5)
+    assert lr(19) == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+    assert lr(20) == pytest.approx(0.0)
+    assert all(lr(step) > lr(step + 1) for step in range(4, 20))
+
+
+def test_a_schedule_may_have_no_warmup_or_nothing_else():
+    assert cosine_warmup_lr(0, base_lr=1.0, warmup_steps=0, total_steps=10) == 1.0
+    assert cosine_warmup_lr(9, base_lr=1.0, warmup_steps=10, total_steps=10) == 1.0
+
+
+def decayed_names(*, decay_all: bool) -> set[str]:
+    config = load_train_config([("optimizer.decay_all", decay_all)]).optimizer
+    model = CLIP(TINY)
+    optimizer = build_optimizer(model, config)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    return {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+
+
+def test_gains_biases_and_the_temperature_are_not_decayed():
+    decayed = decayed_names(decay_all=False)
+    assert not any(name.endswith("bias") for name in decayed)
+    assert not decayed & {"logit_scale", "ln_final.weight", "visual.bn1.weight", "transformer.resblocks.0.ln_1.weight"}
+    assert decayed >= {"visual.conv1.weight", "token_embedding.weight", "text_projection", "positional_embedding"}
+
+
+def test_the_reference_decays_everything():
+    assert decayed_names(decay_all=True) == {name for name, _ in CLIP(TINY).named_parameters()}
+
+
+def test_the_optimizer_takes_its_values_from_the_config():
+    config = load_train_config([("optimizer.params.betas", [0.8, 0.98]), ("optimizer.params.eps", 1e-6)]).optimizer
+    optimizer = build_optimizer(CLIP(TINY), config)
+    assert optimizer.defaults["betas"] == (0.8, 0.98) and optimizer.defaults["eps"] == 1e-6
+    set_lr(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(-1.0, 0.0), (2.0, 2.0), (5.0, math.log(100))])
+def test_the_log_temperature_is_kept_between_zero_and_ln_100(value, expected):
+    logit_scale = nn.Parameter(torch.tensor(value))
+    clip_logit_scale(logit_scale)
+    assert logit_scale.item() == pytest.approx(expected) and logit_scale.requires_grad
+
+
+def test_gradient_norm_is_that_of_all_gradients_together():
+    layer = nn.Linear(3, 2)
+    layer.weight.grad, layer.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), 1.0)
+    assert gradient_norm(layer).item() == pytest.approx(math.sqrt(6 * 4 + 2))

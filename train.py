@@ -1,0 +1,205 @@
+"""Train CLIP from scratch on images and their captions.
+
+python train.py --sample    a small model on drawings it makes itself: minutes on a CPU, nothing to download
+python train.py             the reference model on MS-COCO, from the paths in dataloader/data_config.yaml
+python train.py --train_img_dir DIR --train_annotation_file FILE    any captions in COCO's format
+"""
+
+import argparse
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from dataloader.captions import read_captions
+from dataloader.config import DataConfig, load_data_config
+from dataloader.data_loaders import Batch, EpochBatchSampler, TrainLoader
+from dataloader.sample import make_sample
+from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
+from trainer.checkpoint import TrainState, checkpoint_path, save_checkpoint
+from trainer.config import TrainConfig, load_train_config
+from trainer.evaluation import describe_recall, evaluate_retrieval
+from trainer.loss import contrastive_loss
+from trainer.metrics import StepMeter
+from trainer.optim import build_optimizer, clip_logit_scale, set_lr
+from trainer.parallel import init_runtime, wrap
+from trainer.plan import RunFolders, RunPlan, describe_run, make_folders, make_plan
+from utils.config import parse_override, to_plain
+from utils.errors import UserError, run_script
+from utils.logger import RunLogger
+from utils.plots import plot_loss_curve
+
+SAMPLE_DIR = Path("data/sample")
+SAMPLE_CONFIG = {
+    "model.name": "RN-small",
+    "trainer.num_train_epochs": 24,
+    "trainer.num_workers": 2,
+    "trainer.optimizer.params.lr": 1e-3,
+    "trainer.logging_steps": 20,
+    "dataloader.train_img_dir": f"{SAMPLE_DIR}/train",
+    "dataloader.train_annotation_file": f"{SAMPLE_DIR}/annotations/captions_train.json",
+    "dataloader.val_img_dir": f"{SAMPLE_DIR}/val",
+    "dataloader.val_annotation_file": f"{SAMPLE_DIR}/annotations/captions_val.json",
+}
+
+
+class Configs(NamedTuple):
+    """One config a package, named as the package is."""
+
+    model: CLIPConfig
+    trainer: TrainConfig
+    dataloader: DataConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    configs = load_configs(args)
+    config, data = configs.trainer, configs.dataloader
+
+    if args.sample:
+        make_sample(SAMPLE_DIR)
+    train_set = read_captions(data.train_img_dir, data.train_annotation_file)
+    val_set = read_captions(data.val_img_dir, data.val_annotation_file) if data.val_img_dir else None
+
+    runtime = init_runtime(config)
+    plan = make_plan(len(train_set.images), config, runtime)
+    folders = make_folders(args.output_dir, config)
+    logger = RunLogger(folders.logs)
+
+    sampler = EpochBatchSampler(
+        len(train_set.images),
+        batch_size=plan.batch_size,
+        batches_per_epoch=plan.steps_per_epoch * config.gradient_accumulation_steps,
+        num_epochs=config.num_train_epochs,
+        seed=config.seed,
+    )
+    loader = TrainLoader(
+        train_set.images,
+        sampler,
+        image_size=configs.model.image_resolution,
+        image_mean=data.image_mean,
+        image_std=data.image_std,
+        context_length=configs.model.context_length,
+        num_workers=config.num_workers,
+        seed=config.seed,
+        device=runtime.device,
+        max_unreadable_share=data.max_unreadable_share,
+        warn=logger.warning,
+    )
+    model = CLIP(configs.model).to(runtime.device)
+    parallel_model = wrap(model, runtime)
+    state = TrainState(model, build_optimizer(model, config.optimizer), to_plain(configs))
+
+    logger.info(describe_run(plan, config, runtime, model, train_set))
+    logger.start_bar(plan.total_steps)
+    meter = StepMeter(logger, loader, plan)
+    batches = iter(loader)
+    for state.epoch in range(config.num_train_epochs):
+        train_one_epoch(state, parallel_model, batches, plan, config, meter, folders)
+    logger.close_bar()
+
+    curve = plot_loss_curve(logger.metrics_file, folders.logs / "loss_curve.png", batch_size=plan.batch_size)
+    logger.info(f"saved {checkpoint_path(folders.checkpoints, state)}\ndrew {curve}")
+
+    if val_set:
+        clip = TrainedCLIP(model, data.image_mean, data.image_std)
+        recalls = evaluate_retrieval(
+            clip, val_set, batch_size=config.per_gpu_eval_batch_size, num_workers=config.num_workers
+        )
+        logger.info(describe_recall(recalls, val_set))
+
+
+def train_one_epoch(
+    state: TrainState,
+    parallel_model: nn.Module,
+    batches: Iterator[Batch],
+    plan: RunPlan,
+    config: TrainConfig,
+    meter: StepMeter,
+    folders: RunFolders,
+) -> None:
+    """Show the model every image once, with one of its captions, and update it after each `pairs_per_step` pairs."""
+    model, optimizer = state.model, state.optimizer
+    num_micro_batches = config.gradient_accumulation_steps
+    parallel_model.train()
+    for _ in range(plan.steps_per_epoch):
+        set_lr(optimizer, plan.lr(state.global_step))
+        optimizer.zero_grad()
+
+        for batch in islice(batches, num_micro_batches):
+            image_features, text_features = parallel_model(batch.images, batch.tokens)  # [batch, embed_dim] each
+            loss, scalars = contrastive_loss(image_features, text_features, model.logit_scale.exp())
+            (loss / num_micro_batches).backward()
+            meter.update(scalars)
+
+        optimizer.step()
+        clip_logit_scale(model.logit_scale)
+        state.global_step += 1
+
+        if plan.is_due(config.logging_steps, state.global_step):
+            meter.report(state)
+        if plan.is_due(config.save_steps, state.global_step):
+            save_checkpoint(folders.checkpoints, state)
+        meter.advance_bar()
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--sample", action="store_true", help="train a small model on drawings; needs no download")
+    parser.add_argument("--train_img_dir", metavar="DIR", help="the training images")
+    parser.add_argument("--train_annotation_file", metavar="FILE", help="their captions, in COCO's JSON format")
+    parser.add_argument("--model", metavar="NAME", help="an architecture of model/model_config.yaml")
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="pairs per GPU, or on the CPU")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        help="where checkpoints and logs go (default: here; sample_run)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="any key of a YAML file, e.g. trainer.optimizer.params.lr=1e-3, model.embed_dim=512, "
+        "dataloader.max_unreadable_share=0.05",
+    )
+    args = parser.parse_args(argv)
+    if args.sample and (args.train_img_dir or args.train_annotation_file):
+        parser.error("--sample draws its own data: leave --train_img_dir and --train_annotation_file out")
+    if args.output_dir is None:
+        args.output_dir = Path("sample_run" if args.sample else ".")
+    return args
+
+
+def load_configs(args: argparse.Namespace) -> Configs:
+    """Read the three YAML files; the sample's settings, then --set, then the other flags override them."""
+    overrides = dict(SAMPLE_CONFIG if args.sample else {}) | dict(map(parse_override, args.set))
+    flags = {
+        "model.name": args.model,
+        "trainer.num_train_epochs": args.epochs,
+        "trainer.per_gpu_train_batch_size": args.batch_size,
+        "dataloader.train_img_dir": args.train_img_dir,
+        "dataloader.train_annotation_file": args.train_annotation_file,
+    }
+    overrides |= {key: value for key, value in flags.items() if value is not None}
+    sections = {section: [] for section in Configs._fields}
+    for dotted_key, value in overrides.items():
+        section, _, key = dotted_key.partition(".")
+        if section not in sections or not key:
+            raise UserError(f"--set {dotted_key}: should begin with {'., '.join(sections)}.")
+        sections[section].append((key, value))
+    return Configs(
+        model=load_model_config(sections["model"]),
+        trainer=load_train_config(sections["trainer"]),
+        dataloader=load_data_config(sections["dataloader"]),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,80 @@
+"""What `train_config.yaml` holds."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.config import load_config
+
+CONFIG_FILE = Path(__file__).with_name("train_config.yaml")
+
+
+@dataclass(frozen=True)
+class OptimizerParams:
+    """What AdamW takes. Raises ValueError for an impossible value."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{key} should be above 0, found {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas should be in [0, 1), found {list(self.betas)}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay should be 0 or more, found {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and which parameters it decays."""
+
+    type: Literal["AdamW"]
+    params: OptimizerParams
+    decay_all: bool  # the reference's way; CLIP's (section 2.5) spares gains, biases and logit_scale
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Raises ValueError for an impossible value."""
+
+    per_gpu_train_batch_size: int  # image-text pairs
+    per_gpu_eval_batch_size: int
+    n_gpu: int  # at most
+    num_workers: int
+    num_train_epochs: int
+    gradient_accumulation_steps: int
+    seed: int
+    optimizer: OptimizerConfig
+    warmup_share: float  # of all optimizer steps, in [0, 1]
+    logging_steps: int
+    save_steps: int
+    saved_checkpoints: str  # directory, inside the output directory
+    logs: str
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "per_gpu_train_batch_size", "per_gpu_eval_batch_size", "num_train_epochs", "gradient_accumulation_steps",
+            "logging_steps", "save_steps",
+        )  # fmt: skip
+        for key in at_least_one:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} should be at least 1, found {getattr(self, key)}")
+        for key in ("n_gpu", "num_workers", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} should be 0 or more, found {getattr(self, key)}")
+        if self.per_gpu_train_batch_size < 2:
+            raise ValueError("per_gpu_train_batch_size should be at least 2: one pair has nothing to contrast with")
+        if not 0 <= self.warmup_share <= 1:
+            raise ValueError(f"warmup_share should be in [0, 1], found {self.warmup_share}")
+
+
+def load_train_config(overrides: Iterable[tuple[str, Any]] = ()) -> TrainConfig:
+    """Read the YAML file, each (key, value) override applied. Raises UserError for an unknown key or bad value."""
+    return load_config(TrainConfig, CONFIG_FILE, overrides)

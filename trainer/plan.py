@@ -1,0 +1,109 @@
+"""What a run is about to do: its steps, its schedule, its folders, told before the first step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataloader.captions import CaptionSet
+from model import CLIP
+from trainer.config import TrainConfig
+from trainer.optim import cosine_warmup_lr
+from trainer.parallel import Runtime
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The steps of a run. A step is one optimizer update, of `pairs_per_step` image-text pairs."""
+
+    batch_size: int  # pairs in one loss, over all devices
+    pairs_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    base_lr: float
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of step `step`, counted from 0."""
+        return cosine_warmup_lr(
+            step, base_lr=self.base_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Return whether what is done every so many steps, and at the last, is due after `step` of them."""
+        return step % every == 0 or step == self.total_steps
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where a run writes."""
+
+    checkpoints: Path
+    logs: Path
+
+
+def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan:
+    """Count the steps. An image is seen once an epoch; what is left over of a step is dropped.
+
+    Raises UserError if the images do not fill one step.
+    """
+    batch_size = config.per_gpu_train_batch_size * runtime.num_devices
+    pairs_per_step = batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = num_images // pairs_per_step
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"the {num_images} training images do not fill one step of {pairs_per_step} pairs; "
+            f"use a smaller batch, e.g. --batch_size {max(2, num_images // (2 * runtime.num_devices))}"
+        )
+    total_steps = steps_per_epoch * config.num_train_epochs
+    return RunPlan(
+        batch_size=batch_size,
+        pairs_per_step=pairs_per_step,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=round(total_steps * config.warmup_share),
+        base_lr=config.optimizer.params.lr,
+    )
+
+
+def make_folders(output_dir: Path, config: TrainConfig) -> RunFolders:
+    """Create the run's folders. Raises UserError if they cannot be written, or hold another run's checkpoints."""
+    folders = RunFolders(output_dir / config.saved_checkpoints, output_dir / config.logs)
+    earlier = sorted(folders.checkpoints.glob("checkpoint_*_*.pt"))
+    if earlier:
+        raise UserError(
+            f"{folders.checkpoints} already holds a run's checkpoints (e.g. {earlier[-1].name}), which would be "
+            "overwritten; move them away, or choose another --output_dir"
+        )
+    try:
+        for folder in (folders.checkpoints, folders.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir") from None
+    return folders
+
+
+def describe_run(plan: RunPlan, config: TrainConfig, runtime: Runtime, model: CLIP, train_set: CaptionSet) -> str:
+    """Return the block of lines that says what is about to happen."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    data = f"{len(train_set.images):,} images, {train_set.num_captions:,} captions"
+    if train_set.missing:
+        data += f"; {len(train_set.missing):,} more images are not on disk (e.g. {train_set.missing[0]})"
+    batch = f"{config.per_gpu_train_batch_size} pairs"
+    if runtime.num_devices > 1:
+        batch += f" x {runtime.num_devices} GPUs = {plan.batch_size} in each loss"
+    if config.gradient_accumulation_steps > 1:
+        batch += f", x {config.gradient_accumulation_steps} accumulated = {plan.pairs_per_step} a step"
+    optimizer = config.optimizer
+    rows = {
+        "data": data,
+        "model": f"{model.config.name}, {num_parameters:,} parameters, {model.config.image_resolution} px",
+        "device": runtime.description,
+        "batch": batch,
+        "steps": f"{plan.total_steps:,} ({config.num_train_epochs} epochs of {plan.steps_per_epoch:,}), "
+        f"the first {plan.warmup_steps:,} warm up",
+        "optimizer": f"{optimizer.type}, peak lr {plan.base_lr:g}, weight decay {optimizer.params.weight_decay:g}",
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())

@@ -1,0 +1,96 @@
+"""CLIP's byte-pair encoding (Radford et al. 2021, section 2.4): lower-cased, 49,408 ids, start and end markers."""
+
+import gzip
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import regex
+import torch
+from tokenizers.models import BPE
+from torch import Tensor
+
+from utils.errors import UserError
+
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+NUM_MERGES = 49152 - 256 - 2  # of the file's 262,144
+START, END = "<start_of_text>", "<end_of_text>"
+WORD = regex.compile(
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+
+
+class CLIPTokenizer:
+    """Texts to token ids, equal to `open_clip`'s `SimpleTokenizer`. Built once by `get_tokenizer`."""
+
+    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+        self._symbol_of_byte = _symbol_of_byte()
+        # OpenAI's order of ids: the bytes, the bytes that end a word, the merges, the two markers.
+        symbols = self._symbol_of_byte.values()
+        vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START, END]
+        ids = {token: index for index, token in enumerate(vocabulary)}
+        self.vocab_size = len(ids)
+        self.start, self.end = ids[START], ids[END]
+        self._bpe = BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>")
+        self._encode_word = lru_cache(maxsize=1 << 16)(self._encode_word)  # captions repeat their words
+
+    def __call__(self, texts: Sequence[str], *, context_length: int = 77, multiple: int = 8) -> Tensor:
+        """Tokenize `texts` to int64 ids [num_texts, length], zeros after each end marker.
+
+        `length` is the longest text's, rounded up to a `multiple`; a text longer than `context_length` is cut and
+        keeps its end marker.
+        """
+        encoded = [[self.start, *self.encode(text)[: context_length - 2], self.end] for text in texts]
+        longest = max(map(len, encoded), default=0)
+        length = min(-(-longest // multiple) * multiple, context_length)
+        tokens = np.zeros((len(encoded), length), dtype=np.int64)
+        for row, ids in zip(tokens, encoded, strict=True):
+            row[: len(ids)] = ids
+        return torch.from_numpy(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text of any length, without markers."""
+        return [token_id for word in WORD.findall(clean(text)) for token_id in self._encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        if word in (START, END):
+            return [self.start if word == START else self.end]
+        symbols = "".join(self._symbol_of_byte[byte] for byte in word.encode("utf-8"))
+        return [token.id for token in self._bpe.tokenize(symbols)]
+
+
+def clean(text: str) -> str:
+    """Mend broken Unicode, undo HTML escapes (twice: web text is often escaped twice), lower, collapse spaces."""
+    if "&" in text or not (text.isascii() and text.isprintable()):  # most captions have nothing to mend
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@lru_cache(maxsize=1)
+def get_tokenizer() -> CLIPTokenizer:
+    """Build the tokenizer from the vocabulary in the installed `open_clip_torch`; raises UserError if it is absent.
+
+    The package is located, not imported: its import takes seconds.
+    """
+    package = find_spec("open_clip")
+    file = Path(package.origin).with_name(VOCABULARY_FILE) if package and package.origin else None
+    if file is None or not file.is_file():
+        raise UserError(f"the tokenizer's {VOCABULARY_FILE} is not found; pip install -r requirements.txt")
+    with gzip.open(file, mode="rt", encoding="utf-8") as lines:
+        next(lines)  # a version line
+        return CLIPTokenizer([tuple(next(lines).split()) for _ in range(NUM_MERGES)])
+
+
+def _symbol_of_byte() -> dict[int, str]:
+    """Return GPT-2's printable character for each byte, in the order of CLIP's first 256 ids."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
