@@ -15,7 +15,7 @@ from torch import nn
 
 from dataloader.captions import read_captions
 from dataloader.config import DataConfig, load_data_config
-from dataloader.data_loaders import Batch, EpochBatchSampler, TrainLoader
+from dataloader.data_loaders import Batch, TrainLoader
 from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
 from trainer.checkpoint import TrainState, checkpoint_path, save_checkpoint
@@ -34,7 +34,7 @@ from utils.plots import plot_loss_curve
 SAMPLE_DIR = Path("data/sample")
 SAMPLE_CONFIG = {
     "model.name": "RN-small",
-    "trainer.num_train_epochs": 24,
+    "trainer.num_train_epochs": 40,
     "trainer.num_workers": 2,
     "trainer.optimizer.params.lr": 1e-3,
     "trainer.logging_steps": 20,
@@ -68,24 +68,17 @@ def main(argv: list[str] | None = None) -> None:
     folders = make_folders(args.output_dir, config)
     logger = RunLogger(folders.logs)
 
-    sampler = EpochBatchSampler(
-        len(train_set.images),
+    loader = TrainLoader(
+        train_set.images,
+        data,
+        image_size=configs.model.image_resolution,
+        context_length=configs.model.context_length,
         batch_size=plan.batch_size,
         batches_per_epoch=plan.steps_per_epoch * config.gradient_accumulation_steps,
         num_epochs=config.num_train_epochs,
-        seed=config.seed,
-    )
-    loader = TrainLoader(
-        train_set.images,
-        sampler,
-        image_size=configs.model.image_resolution,
-        image_mean=data.image_mean,
-        image_std=data.image_std,
-        context_length=configs.model.context_length,
         num_workers=config.num_workers,
         seed=config.seed,
         device=runtime.device,
-        max_unreadable_share=data.max_unreadable_share,
         warn=logger.warning,
     )
     model = CLIP(configs.model).to(runtime.device)
@@ -93,10 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     state = TrainState(model, build_optimizer(model, config.optimizer), to_plain(configs))
 
     logger.info(describe_run(plan, config, runtime, model, train_set))
-    logger.start_bar(plan.total_steps)
+    logger.log_config(state.configs)
     meter = StepMeter(logger, loader, plan)
     batches = iter(loader)
-    for state.epoch in range(config.num_train_epochs):
+    for epoch in range(config.num_train_epochs):
+        state.epoch = epoch
         train_one_epoch(state, parallel_model, batches, plan, config, meter, folders)
     logger.close_bar()
 
@@ -142,7 +136,7 @@ def train_one_epoch(
             meter.report(state)
         if plan.is_due(config.save_steps, state.global_step):
             save_checkpoint(folders.checkpoints, state)
-        meter.advance_bar()
+        meter.end_step()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

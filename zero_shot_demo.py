@@ -12,8 +12,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from dataloader.classification import find_images
-from dataloader.images import load_image
+from dataloader.images import find_images, load_image
 from model import load_clip
 from trainer.evaluation import encode_sources
 from trainer.parallel import default_device

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataloader.images import IMAGE_SUFFIXES
+from dataloader.images import IMAGE_SUFFIXES, list_images
 from utils.errors import UserError
 
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
@@ -65,26 +65,9 @@ def load_class_folders(data_dir: Path, classnames: Sequence[str] | None = None) 
         raise UserError(f"--class_names: {len(classnames)} names for the {len(folders)} folders of {data_dir}")
     images, labels = [], []
     for label, folder in enumerate(folders):
-        files = _list_images(folder)
+        files = list_images(folder)
         images += files
         labels += [label] * len(files)
     if not images:
         raise UserError(f"--data_dir {data_dir}: its folders hold no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return ClassificationSet(images, labels, list(classnames))
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder by their suffix, sorted; other files are passed over.
-
-    Raises UserError if the folder does not exist or holds none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; check the path")
-    images = _list_images(folder)
-    if not images:
-        raise UserError(f"the image folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return images
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

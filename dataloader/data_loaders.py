@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataloader.captions import CaptionedImage
+from dataloader.config import DataConfig
 from dataloader.images import UnreadableImageError, load_image, normalize, to_tensor
 from utils.errors import UserError
 from utils.tokenizer import get_tokenizer
@@ -111,28 +112,34 @@ class TrainLoader:
     def __init__(
         self,
         images: Sequence[CaptionedImage],
-        sampler: EpochBatchSampler,
+        config: DataConfig,
         *,
         image_size: int,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
         context_length: int,
+        batch_size: int,
+        batches_per_epoch: int,
+        num_epochs: int,
         num_workers: int,
         seed: int,
         device: torch.device,
-        max_unreadable_share: float,
         warn: Callable[[str], None],
     ) -> None:
         self.loader = DataLoader(
             CaptionDataset(images, image_size=image_size, seed=seed),
-            batch_sampler=sampler,
+            batch_sampler=EpochBatchSampler(
+                len(images),
+                batch_size=batch_size,
+                batches_per_epoch=batches_per_epoch,
+                num_epochs=num_epochs,
+                seed=seed,
+            ),
             collate_fn=partial(_collate, context_length=context_length),
             num_workers=_usable_workers(num_workers),
             pin_memory=device.type == "cuda",
         )
-        self.normalize = partial(normalize, mean=image_mean, std=image_std)
+        self.normalize = partial(normalize, mean=config.image_mean, std=config.image_std)
         self.device = device
-        self.max_unreadable = max_unreadable_share * len(images)
+        self.max_unreadable = config.max_unreadable_share * len(images)
         self.unreadable: set[str] = set()
         self.warn = warn
         self.wait_seconds = 0.0

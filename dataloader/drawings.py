@@ -29,7 +29,7 @@ COLOURS = {
 WHITE, CREAM, GLASS = (255, 255, 255), (255, 243, 219), (188, 228, 244)
 INK, STEEL, GOLD, BRASS = (45, 38, 72), (120, 122, 146), (255, 214, 102), (217, 171, 88)
 WOOD, DARK_WOOD, LEAF, DARK_LEAF = (160, 106, 66), (112, 68, 50), (92, 168, 84), (54, 118, 66)
-SIZES = {"small": 0.35, "large": 0.59}  # in widths of the picture
+SIZES = {"small": 0.44, "large": 0.68}  # in widths of the picture
 POSITIONS = {"left": -1, "middle": 0, "right": 1}
 SUPERSAMPLING = 3
 
@@ -619,7 +619,7 @@ def draw_scene(scene: Scene, size: int, seed: str = "") -> Image.Image:
     BACKGROUNDS[scene.background](Pen(canvas, canvas.width), rng)
     side, width = POSITIONS[scene.position], SIZES[scene.size]
     if scene.other:
-        draw_thing(canvas, rng, scene.other, scene.other_colour, 0.5 - side * 0.25, 0.42)
+        draw_thing(canvas, rng, scene.other, scene.other_colour, 0.5 - side * 0.26, 0.46)
         draw_thing(canvas, rng, scene.thing, scene.colour, 0.5 + side * 0.22, width * 0.82)
     else:
         draw_thing(canvas, rng, scene.thing, scene.colour, 0.5 + side * (0.46 - width / 2), width)

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.errors import UserError
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 ORIENTATION_TAG = 0x0112  # EXIF
 ORIENTATIONS = {
@@ -80,3 +82,18 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """
     mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).div_(std)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Return `list_images` of a folder that a user named. Raises UserError if it does not exist or holds none."""
+    if not folder.is_dir():
+        raise UserError(f"the image folder {folder} does not exist; check the path")
+    images = list_images(folder)
+    if not images:
+        raise UserError(f"the image folder {folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return images
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files of a folder by their suffix, sorted; other files are passed over."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dataloader import drawings
 from dataloader.drawings import BACKGROUNDS, COLOURS, POSITIONS, SIZES, THINGS, Scene, draw_scene
+from utils.errors import UserError
 
 OBJECTS: tuple[str, ...] = tuple(THINGS)
 IMAGE_SIZE = 224
@@ -50,7 +51,7 @@ FULL = (
     "an illustration of a {size} {colour} {thing} {where}, {place}",
 )
 SHORT = "a photo of {things}."  # the prompt of zero-shot classification
-PARTIAL = ("a photo of {coloured_things}.", "{coloured_things}", "{things} {place}", "{coloured_things}, {place}")
+PARTIAL = ("a photo of {coloured_things}.", "a drawing of {things}", "{coloured_things}", "there is {things}")
 WORDINGS = {
     "small": ("small", "tiny"),
     "large": ("large", "big"),
@@ -99,7 +100,7 @@ def make_sample(output_dir: Path, *, num_train: int = 2000, num_val: int = 200, 
     """Draw the sample dataset into a folder, unless it is there already, and return where its parts lie.
 
     No two pictures show the same scene, and a picture depends only on `seed`, its split and its index.
-    Raises ValueError unless both numbers of pictures are positive.
+    Raises ValueError unless both numbers of pictures are positive, and UserError if the disk refuses.
     """
     if min(num_train, num_val) < 1:
         raise ValueError(f"the numbers of pictures must be positive, not {num_train} and {num_val}")
@@ -113,12 +114,15 @@ def make_sample(output_dir: Path, *, num_train: int = 2000, num_val: int = 200, 
     files = [paths.train_annotation_file, paths.val_annotation_file, *(p.path for p in train + val)]
     if marker.is_file() and marker.read_text() == json.dumps(arguments) and all(map(Path.is_file, files)):
         return paths
-    marker.unlink(missing_ok=True)
-    for folder in (train_dir, val_dir, texts):
-        folder.mkdir(parents=True, exist_ok=True)
-    draw_all(train + val)
-    for file, content in zip((*files[:2], marker), (coco(train), coco(val), arguments), strict=True):
-        write(file, json.dumps(content).encode())
+    try:
+        marker.unlink(missing_ok=True)
+        for folder in (train_dir, val_dir, texts):
+            folder.mkdir(parents=True, exist_ok=True)
+        draw_all(train + val)
+        for file, content in zip((*files[:2], marker), (coco(train), coco(val), arguments), strict=True):
+            write(file, json.dumps(content).encode())
+    except OSError as error:
+        raise UserError(f"the sample dataset cannot be written into {output_dir} ({error.strerror})") from None
     return paths
 
 
@@ -174,7 +178,7 @@ def deck(rng: random.Random, cards: Sequence) -> Iterator:
 
 
 def captions(scene: Scene, seed: str, split: str) -> list[str]:
-    """Return different captions: all tell the whole scene in "val"; two in "train" tell only part of it."""
+    """Return different captions: all tell the whole scene in "val"; three in "train" tell only part of it."""
     rng = random.Random(f"{seed} captions")
     things, coloured_things = article(scene.thing), f"a {scene.colour} {scene.thing}"
     positions = WORDINGS[scene.position]
@@ -184,7 +188,7 @@ def captions(scene: Scene, seed: str, split: str) -> list[str]:
         things, coloured_things = f"{things} and {article(scene.other)}", f"{coloured_things} and {other}"
     templates = rng.sample(FULL, CAPTIONS_PER_IMAGE)
     if split == "train":
-        templates[:2] = SHORT, rng.choice(PARTIAL)
+        templates[:3] = SHORT, *rng.sample(PARTIAL, 2)
     return [
         template.format(
             size=rng.choice(WORDINGS[scene.size]),

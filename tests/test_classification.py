@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataloader.classification import find_images, load_cifar, load_class_folders
+from dataloader.classification import load_cifar, load_class_folders
+from dataloader.images import find_images
 from utils.errors import UserError
 
 

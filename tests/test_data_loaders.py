@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from dataloader.captions import read_captions
+from dataloader.config import load_data_config
 from dataloader.data_loaders import EpochBatchSampler, ImageLoader, TrainLoader
 from dataloader.images import load_image, normalize, to_tensor
 from tests.conftest import make_captions
@@ -21,13 +22,10 @@ def make_sampler(num_samples, *, num_epochs=3, seed=1) -> EpochBatchSampler:
 
 
 def make_loader(files, *, num_workers=0, seed=3, num_epochs=2, share=0.0, warnings=None) -> TrainLoader:
-    caption_set = read_captions(*files)
-    sampler = EpochBatchSampler(
-        len(caption_set.images), batch_size=5, batches_per_epoch=4, num_epochs=num_epochs, seed=seed
-    )
+    config = load_data_config([("image_mean", MEAN), ("image_std", STD), ("max_unreadable_share", share)])
     return TrainLoader(
-        caption_set.images, sampler, image_size=16, image_mean=MEAN, image_std=STD, context_length=77,
-        num_workers=num_workers, seed=seed, device=CPU, max_unreadable_share=share,
+        read_captions(*files).images, config, image_size=16, context_length=77, batch_size=5, batches_per_epoch=4,
+        num_epochs=num_epochs, num_workers=num_workers, seed=seed, device=CPU,
         warn=(warnings if warnings is not None else []).append,
     )  # fmt: skip
 

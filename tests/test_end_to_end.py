@@ -13,7 +13,7 @@ import train
 import zero_shot_eval
 from dataloader.images import load_image, normalize, to_tensor
 from model import CLIP, load_clip, load_model_config
-from tests.conftest import ROOT, run_script, tiny_training_flags
+from tests.conftest import ROOT, make_captions, run_script, tiny_training_flags
 from tests.test_classification import write_cifar100
 from utils.zero_shot import build_classifier
 
@@ -21,8 +21,6 @@ from utils.zero_shot import build_classifier
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of train.py on a sample of plain colours: its output, and the folder it wrote to."""
-    from tests.conftest import make_captions
-
     folder = tmp_path_factory.mktemp("trained")
     files = make_captions(folder / "data")
     output = run_script("train.py", *tiny_training_flags(*files, folder / "out"), cwd=folder)
@@ -44,7 +42,8 @@ def test_training_writes_what_it_promises(trained):
         assert 0 < row["loss"] < 10 and row["grad_norm"] > 0 and 0 <= row["data_wait_share"] <= 1
         assert 1 <= row["logit_scale"] <= 100
     assert Image.open(folder / "out" / "logs" / "loss_curve.png").size[0] > 500
-    assert "expected time" in (folder / "out" / "logs" / "training_logs.txt").read_text()
+    log = (folder / "out" / "logs" / "training_logs.txt").read_text()
+    assert "expected time" in log and "num_train_epochs: 2" in log
     assert [file.name for file in (folder / "out" / "saved_checkpoints").iterdir()] == ["checkpoint_1_6.pt"]
 
 
@@ -183,8 +182,9 @@ def test_a_checkpoint_in_the_references_layout_runs_through_demo_and_evaluation(
 
 def test_flickr8k_teaches_the_small_model_something(data_dir, tmp_path: Path):
     flickr8k = data_dir / "flickr8k"
+    annotation_file = flickr8k / "annotations" / "captions_train.json"
     flags = [
-        "--train_img_dir", flickr8k / "images", "--train_annotation_file", flickr8k / "annotations" / "captions_train.json",
+        "--train_img_dir", flickr8k / "images", "--train_annotation_file", annotation_file,
         "--output_dir", tmp_path, "--model", "RN-small", "--epochs", 1, "--batch_size", 64,
         "--set", "trainer.num_workers=2", "--set", "trainer.logging_steps=31",
     ]  # fmt: skip

@@ -23,6 +23,7 @@ class StepMeter:
         self.loader = loader
         self.plan = plan
         self.has_told_time = False
+        self.logger.start_bar(plan.total_steps)
         self._restart(step=0)
 
     def _restart(self, step: int) -> None:
@@ -38,7 +39,8 @@ class StepMeter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.num_updates += 1
 
-    def advance_bar(self) -> None:
+    def end_step(self) -> None:
+        """Move the progress bar on."""
         self.logger.advance_bar()
 
     def report(self, state: TrainState) -> None:

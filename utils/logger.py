@@ -5,7 +5,9 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 
@@ -28,6 +30,10 @@ class RunLogger:
         """Tell what went wrong without ending the run."""
         self._tell(logging.WARNING, message)
         self._print(f"warning: {message}")
+
+    def log_config(self, configs: Mapping[str, Any]) -> None:
+        """Write the merged configuration to the text log alone."""
+        self._tell(logging.INFO, "configuration\n" + yaml.safe_dump(dict(configs), sort_keys=False))
 
     def start_bar(self, total_steps: int) -> None:
         """Draw a bar of optimizer steps, where there is a terminal to draw it on."""
