@@ -127,17 +127,14 @@ def _find(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
         raise UserError(f"the checkpoint {path} cannot be read ({error.strerror})") from None
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    damage = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, KeyError)
+    try:
+        with file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except damage as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise UserError(
             f"{path}: is not a checkpoint of tensors and plain containers ({reason}); it is damaged, of another "
