@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataloader.captions import CaptionedImage
 from dataloader.config import DataConfig
-from dataloader.images import UnreadableImageError, load_image, normalize, to_tensor
+from dataloader.images import UnreadableImageError, load_image, load_pixels, normalize, to_tensor
 from utils.errors import UserError
 from utils.tokenizer import get_tokenizer
 
@@ -68,8 +68,8 @@ class CaptionDataset(Dataset):
             image = self.images[index]
             caption = image.captions[rng.integers(len(image.captions))]
             try:
-                pixels = load_image(image.path, self.image_size, scaled_decoding=True)
-                return Sample(to_tensor(pixels), caption, image.image_id, failures)
+                pixels = load_pixels(image.path, self.image_size)
+                return Sample(pixels, caption, image.image_id, failures)
             except UnreadableImageError as error:
                 failures.append(Failure(image.path, str(error)))
                 index = int(rng.integers(len(self.images)))

@@ -9,7 +9,7 @@ from PIL import Image
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import EpochBatchSampler, ImageLoader, TrainLoader
-from dataloader.images import load_image, normalize, to_tensor
+from dataloader.images import load_image, load_pixels, normalize, to_tensor
 from tests.conftest import make_captions
 from utils.errors import UserError
 
@@ -59,7 +59,7 @@ def test_a_batch_holds_the_images_and_one_of_each_ones_captions(caption_files):
     batches = list(make_loader(caption_files, num_epochs=6))
     assert batches[0].tokens.dtype == torch.int64 and batches[0].tokens.shape[1] % 8 == 0
     for image_id, pixels in zip(batches[0].image_ids, batches[0].images, strict=True):
-        expected = to_tensor(load_image(by_id[image_id].path, 16, scaled_decoding=True))
+        expected = load_pixels(by_id[image_id].path, 16)
         torch.testing.assert_close(pixels, normalize(expected[None], MEAN, STD)[0])
     lengths = Counter(int((row > 0).sum()) for batch in batches for row in batch.tokens)
     assert len(lengths) > 1  # both wordings are drawn
