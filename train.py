@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dataloader.captions import read_captions
+from dataloader.batch import Batch
 from dataloader.config import DataConfig, load_data_config
-from dataloader.data_loaders import Batch, TrainLoader
+from dataloader.data_loaders import TrainLoader, open_train_set, open_val_set
 from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
 from trainer.checkpoint import TrainState, checkpoint_path, save_checkpoint
@@ -60,16 +60,15 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.sample:
         make_sample(SAMPLE_DIR)
-    train_set = read_captions(data.train_img_dir, data.train_annotation_file)
-    val_set = read_captions(data.val_img_dir, data.val_annotation_file) if data.val_img_dir else None
+    train_set, val_set = open_train_set(data), open_val_set(data)
 
     runtime = init_runtime(config)
-    plan = make_plan(len(train_set.images), config, runtime)
+    plan = make_plan(train_set.num_images, config, runtime)
     folders = make_folders(args.output_dir, config)
     logger = RunLogger(folders.logs)
 
     loader = TrainLoader(
-        train_set.images,
+        train_set,
         data,
         image_size=configs.model.image_resolution,
         context_length=configs.model.context_length,
@@ -79,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=config.num_workers,
         seed=config.seed,
         device=runtime.device,
+        tell=logger.info,
         warn=logger.warning,
     )
     model = CLIP(configs.model).to(runtime.device)

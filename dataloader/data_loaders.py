@@ -4,114 +4,141 @@ Everything random about a training sample is drawn from (seed, epoch, index), so
 devices never changes the data.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataloader.captions import CaptionedImage
+from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
+from dataloader.batch import Batch, Failure
+from dataloader.cache import PixelCache, open_cache
+from dataloader.captions import CaptionSet, read_captions
 from dataloader.config import DataConfig
-from dataloader.images import UnreadableImageError, load_image, load_pixels, normalize, to_tensor
+from dataloader.images import (
+    ImageSource,
+    UnreadableImageError,
+    crop_centre,
+    load_image,
+    normalize,
+    read_pixels,
+    to_tensor,
+)
+from dataloader.shards import Shards
+from dataloader.stream import ShardStream, StreamDataset
+from dataloader.tables import PackedStrings, TokenTable, random_numbers
 from utils.errors import UserError
-from utils.tokenizer import get_tokenizer
 
 MAX_REPLACEMENTS = 100
-ImageSource = str | Path | Image.Image
-
-
-class Failure(NamedTuple):
-    """A file that could not be read."""
-
-    path: str
-    reason: str
-
-
-class Sample(NamedTuple):
-    """One image, one of its captions, and the files that failed before this one was readable."""
-
-    image: Tensor  # uint8 [3, size, size]
-    caption: str
-    image_id: int | str
-    failures: list[Failure]
-
-
-class Batch(NamedTuple):
-    """A training batch; `images` are uint8 until `TrainLoader` has normalized them on the device."""
-
-    images: Tensor  # [batch, 3, size, size]
-    tokens: Tensor  # int64 [batch, length]
-    image_ids: list[int | str]
-    failures: list[Failure]
 
 
 class CaptionDataset(Dataset):
-    """Image and random caption by (epoch, index). An unreadable image gives its place to another, drawn at random."""
+    """Batches by lists of (epoch, index), all of one epoch: images, and one of the captions of each.
 
-    def __init__(self, images: Sequence[CaptionedImage], *, image_size: int, seed: int) -> None:
-        self.images = images
-        self.image_size = image_size
+    `source` has the images: their files' names, shards, a pixel cache; or None, where the device has them. With
+    `side` they come as squares of so many pixels, which the device crops; without, cropped. An unreadable image gives
+    its place to another, drawn at random.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[ImageSource] | PixelCache | None,
+        tokens: TokenTable,
+        augmentation: Augmentation,
+        *,
+        side: int | None,
+        seed: int,
+    ) -> None:
+        self.source = source
+        self.tokens = tokens
+        self.augmentation = augmentation
+        self.side = side
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        failures = []
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        epoch, indices = keys[0][0], np.array([index for _, index in keys])
+        draws = random_numbers(self.seed, epoch, indices, NUM_DRAWS)
+        failures: list[Failure] = []
+        if self.source is None:
+            images = None
+        elif isinstance(self.source, PixelCache):
+            images = self.source.read(indices)
+        else:
+            rows = [self._read(epoch, indices, row, draws[row], failures) for row in range(len(indices))]
+            images = torch.stack([image.permute(1, 2, 0) for image in rows]).permute(0, 3, 1, 2)  # channels_last
+        tokens = self.tokens.draw(indices, draws[:, CAPTION])
+        return Batch(images, tokens, torch.from_numpy(indices), draws, failures)
+
+    def _read(self, epoch: int, indices: np.ndarray, row: int, draws: np.ndarray, failures: list[Failure]) -> Tensor:
+        """Return the image of one row; where it cannot be read, change the row's index to one that can be."""
+        rng = None
         for _ in range(MAX_REPLACEMENTS):
-            image = self.images[index]
-            caption = image.captions[rng.integers(len(image.captions))]
+            index = int(indices[row])
             try:
-                pixels = load_pixels(image.path, self.image_size)
-                return Sample(pixels, caption, image.image_id, failures)
+                image = read_pixels(self.source[index], self.side or self.augmentation.size)
+                return crop_centre(image, self.side) if self.side else self.augmentation.crop(image, draws)
             except UnreadableImageError as error:
-                failures.append(Failure(image.path, str(error)))
-                index = int(rng.integers(len(self.images)))
+                failures.append(Failure(_name(self.source, index), str(error)))
+                rng = rng or np.random.default_rng((self.seed, epoch, index))
+                indices[row] = rng.integers(len(self.source))
         # So many failures are over every allowed share: `TrainLoader` ends the run before this blank is used.
-        return Sample(torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), "", -1, failures)
+        size = self.side or self.augmentation.size
+        return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 class EpochBatchSampler:
     """Batches of (epoch, index) for a whole run: each epoch a new permutation, cut to `batches_per_epoch`.
 
-    One stream for all epochs, so that the workers read on where one ends and the next begins.
+    One stream for all epochs, so that the workers read on where one ends and the next begins. Of `world_size`
+    processes each takes its own part of a batch of batch_size * world_size.
     """
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, batches_per_epoch: int, num_epochs: int, seed: int
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        batches_per_epoch: int,
+        num_epochs: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.num_epochs = num_epochs
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self) -> int:
         return self.num_epochs * self.batches_per_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch in range(self.num_epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples).tolist()
-            for start in range(0, self.batches_per_epoch * self.batch_size, self.batch_size):
-                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            for batch in range(self.batches_per_epoch):
+                start = (batch * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
 class TrainLoader:
-    """Iterates over a run's training batches on `device`, normalized, one ahead of the loop.
+    """Iterates over a run's training batches on `device`, augmented and normalized, one ahead of the loop.
 
     `wait_seconds` is how long the loop has waited for data. Each unreadable image is told to `warn` once; more
-    than `max_unreadable_share` of the images raise UserError.
+    than `max_unreadable_share` of the images raise UserError. Builds the cache that the config asks for, and says so.
     """
 
     def __init__(
         self,
-        images: Sequence[CaptionedImage],
+        train_set: CaptionSet | ShardStream,
         config: DataConfig,
         *,
         image_size: int,
@@ -122,34 +149,63 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         device: torch.device,
+        tell: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        self.loader = DataLoader(
-            CaptionDataset(images, image_size=image_size, seed=seed),
-            batch_sampler=EpochBatchSampler(
-                len(images),
-                batch_size=batch_size,
-                batches_per_epoch=batches_per_epoch,
-                num_epochs=num_epochs,
-                seed=seed,
-            ),
-            collate_fn=partial(_collate, context_length=context_length),
-            num_workers=_usable_workers(num_workers),
-            pin_memory=device.type == "cuda",
-        )
-        self.normalize = partial(normalize, mean=config.image_mean, std=config.image_std)
+        self.augmentation = Augmentation(config, image_size)
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
         self.device = device
-        self.max_unreadable = config.max_unreadable_share * len(images)
+        self.num_batches = num_epochs * batches_per_epoch
+        self.max_unreadable = config.max_unreadable_share * train_set.num_images
         self.unreadable: set[str] = set()
         self.warn = warn
         self.wait_seconds = 0.0
+        self.resident: Tensor | None = None  # the pixel cache, where the device holds it
+        self.is_square = False  # batches come as squares, to be cropped on the device
+        self.advice = ""  # to a run that waits for its data
+        num_workers = _usable_workers(num_workers)
+        common = {"pin_memory": device.type == "cuda", "worker_init_fn": _freeze}
+
+        if isinstance(train_set, ShardStream):
+            stream = StreamDataset(
+                train_set, self.augmentation, batch_size=batch_size, context_length=context_length, seed=seed
+            )
+            num_workers = min(num_workers, train_set.num_shards)
+            self.loader = DataLoader(stream, batch_size=None, num_workers=num_workers, **common)
+            return
+
+        source: Sequence[ImageSource] | PixelCache | None = train_set.shards
+        if config.cache == "none" and source is None:
+            gib = train_set.num_images * image_size**2 * 3 / 2**30
+            self.advice = f"--set dataloader.cache=pixels would save it, with {gib:.1f} GiB in {config.cache_dir}"
+        if config.cache != "none":
+            train_set, source = open_cache(train_set, config, image_size=image_size, num_workers=num_workers, tell=tell)
+        tokens_file = None if config.cache == "none" else source.folder / "tokens.npz"
+        tokens = TokenTable([image.captions for image in train_set.images], context_length, tokens_file)
+        side = None if source is None else source.side
+        self.is_square = side is not None
+        if source is None:
+            source = PackedStrings(image.path for image in train_set.images)
+        if isinstance(source, PixelCache) and _fits_on(device, source, config.cache_device):
+            self.resident, source = source.copy_to(device), None
+        dataset = CaptionDataset(source, tokens, self.augmentation, side=side, seed=seed)
+        sampler = EpochBatchSampler(
+            train_set.num_images,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            num_epochs=num_epochs,
+            seed=seed,
+        )
+        self.loader = DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, **common
+        )
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        batches = islice(self.loader, self.num_batches)
         ahead = self._next(batches)
         while ahead is not None:
             batch, ahead = ahead, self._next(batches)  # the next one's copy to the device is under way
-            yield batch._replace(images=self.normalize(batch.images))
+            yield batch._replace(images=self._finish(batch))
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         start = time.perf_counter()
@@ -158,8 +214,17 @@ class TrainLoader:
         if batch is None:
             return None
         self._report(batch.failures)
-        images, tokens = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.tokens))
-        return batch._replace(images=images, tokens=tokens)
+        images = None if batch.images is None else batch.images.to(self.device, non_blocking=True)
+        return batch._replace(images=images, tokens=batch.tokens.to(self.device, non_blocking=True))
+
+    def _finish(self, batch: Batch) -> Tensor:
+        images = batch.images
+        if self.resident is not None:
+            indices = batch.indices.to(self.device, non_blocking=True)
+            images = self.resident[indices].permute(0, 3, 1, 2)
+        if self.is_square:
+            images = self.augmentation.crop_squares(images, batch.draws)
+        return normalize(self.augmentation.recolour(images, batch.draws), self.mean, self.std)
 
     def _report(self, failures: Sequence[Failure]) -> None:
         for path, reason in failures:
@@ -173,13 +238,24 @@ class TrainLoader:
             )
 
 
-def _collate(samples: Sequence[Sample], context_length: int) -> Batch:
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        tokens=get_tokenizer()([sample.caption for sample in samples], context_length=context_length),
-        image_ids=[sample.image_id for sample in samples],
-        failures=[failure for sample in samples for failure in sample.failures],
+def open_train_set(config: DataConfig) -> CaptionSet | ShardStream:
+    """Find the training images and captions that the config names. Raises UserError if they are not there."""
+    if config.format == "stream":
+        return ShardStream(config.train_img_dir, config.stream_num_images)
+    return read_captions(
+        config.train_img_dir,
+        config.train_annotation_file,
+        format=config.format,
+        csv_columns=(config.csv_image_column, config.csv_caption_column),
     )
+
+
+def open_val_set(config: DataConfig) -> CaptionSet | None:
+    """Find the held-out images and captions, if the config names any. Raises UserError if they are not there."""
+    if config.val_img_dir is None:
+        return None
+    columns = (config.csv_image_column, config.csv_caption_column)
+    return read_captions(config.val_img_dir, config.val_annotation_file, split="val", csv_columns=columns)
 
 
 class ImageDataset(Dataset):
@@ -196,7 +272,7 @@ class ImageDataset(Dataset):
         try:
             return index, to_tensor(load_image(self.sources[index], self.image_size))
         except UnreadableImageError as error:
-            return index, Failure(str(self.sources[index]), str(error))
+            return index, Failure(_name(self.sources, index), str(error))
 
 
 class ImageLoader:
@@ -247,6 +323,29 @@ def _collate_images(items: Sequence[tuple[int, Tensor | Failure]]) -> tuple[Tens
     indices = torch.tensor([index for index, _ in readable], dtype=torch.int64)
     images = torch.stack([image for _, image in readable]) if readable else torch.empty(0, dtype=torch.uint8)
     return indices, images, [item for _, item in items if isinstance(item, Failure)]
+
+
+def _name(sources: Sequence[ImageSource], index: int) -> str:
+    """Return what a message calls an image."""
+    return sources.name(index) if isinstance(sources, Shards) else str(sources[index])
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _freeze(worker_id: int) -> None:
+    """Keep the garbage collector off the parent's objects, whose pages it would copy into each worker."""
+    gc.freeze()
+
+
+def _fits_on(device: torch.device, cache: PixelCache, wanted: str) -> bool:
+    """Return whether the pixel cache goes to the GPU: `gpu` always, `auto` into at most half of its free memory."""
+    if device.type != "cuda":
+        if wanted == "gpu":
+            raise UserError("data_config.yaml: cache_device is gpu, and there is no GPU; set it to auto or cpu")
+        return False
+    return wanted == "gpu" or (wanted == "auto" and cache.num_bytes < torch.cuda.mem_get_info(device)[0] / 2)
 
 
 def _usable_workers(num_workers: int) -> int:

@@ -1,7 +1,8 @@
 """An image file of any kind to an upright square RGB picture, and uint8 batches to the model's input."""
 
 import contextlib
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,72 +26,94 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+ImageSource = str | Path | io.BytesIO | Image.Image
+
 
 class UnreadableImageError(Exception):
     """An image file that cannot be decoded; the message says why, in a few words."""
 
 
-def load_image(source: str | Path | Image.Image, size: int, *, scaled_decoding: bool = False) -> Image.Image:
+def load_image(source: ImageSource, size: int) -> Image.Image:
     """Return the image as upright RGB, short side resized to `size` pixels (bicubic), centre crop `size` x `size`.
 
-    Equal to torchvision's `Resize` and `CenterCrop` on the decoded file. With `scaled_decoding` a JPEG is decoded
-    at 1/2, 1/4 or 1/8 of its size where that still is twice `size`: faster on large photographs, not bit-equal.
-    Raises UnreadableImageError.
+    Equal, bit for bit, to torchvision's `Resize` and `CenterCrop` on the decoded file. Raises UnreadableImageError.
     """
-    try:
+    with _unreadable():
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        width, height = image.size
-        orientation = _orientation(image)
-        if scaled_decoding:
-            image.draft(None, (2 * size, 2 * size))
+        orientation = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
         image = _to_rgb(image)
-    except Exception as error:  # Pillow's plugins raise anything on a damaged file, IndexError and struct.error too
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(reason) from None
-
-    # Sizes come from the undecoded picture: a scaled JPEG's are rounded up, its last row and column partly empty.
-    shrink = max(1, round(width / image.width))
-    extent = (0, 0, min(width / shrink, image.width), min(height / shrink, image.height))
-    image = image.resize(_resized(width, height, size), Image.Resampling.BICUBIC, box=extent)
+    image = image.resize(_resized(*image.size, size), Image.Resampling.BICUBIC)
     if orientation is not None:
         image = image.transpose(orientation)
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
-def load_pixels(file: str | Path, size: int) -> Tensor:
-    """Return `load_image`'s picture as uint8 [3, size, size], within one grey level of it, in half its time on JPEGs.
+def read_pixels(source: str | Path | io.BytesIO, at_least: int) -> Tensor:
+    """Return an image file, or the bytes of one, as upright RGB, uint8 [3, height, width].
 
-    Photographs of at least eight times `size` are decoded at a quarter or an eighth, and differ a little more.
-    Raises UnreadableImageError.
+    A photograph at least eight times as large as is needed, with `at_least` its short side, is decoded at a
+    fraction of its size, and returned at twice `at_least`. Raises UnreadableImageError.
     """
-    with contextlib.suppress(OSError, ValueError):  # `load_image` tells what is wrong
-        return decode_pixels(Path(file).read_bytes(), size)
-    return to_tensor(load_image(file, size, scaled_decoding=True))
+    with contextlib.suppress(OSError, ValueError):  # not a plain JPEG: Pillow reads it, or says what is wrong
+        data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        if min(plain_jpeg_size(data)) < 8 * at_least:
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+    with _unreadable():
+        image = Image.open(source)
+        width, height = image.size
+        orientation = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
+        is_large = min(width, height) >= 8 * at_least
+        if is_large:
+            image.draft(None, (2 * at_least, 2 * at_least))
+        image = _to_rgb(image)
+        if is_large:  # sizes at a fraction are rounded up, the last row and column partly empty: leave that part out
+            fraction = max(1, round(width / image.width))
+            extent = (0, 0, min(width / fraction, image.width), min(height / fraction, image.height))
+            image = image.resize(_resized(width, height, 2 * at_least), Image.Resampling.BICUBIC, box=extent)
+        return to_tensor(image if orientation is None else image.transpose(orientation))
 
 
-def decode_pixels(jpeg: bytes, size: int) -> Tensor:
-    """Decode an RGB JPEG, resize its short side to `size` (bicubic), crop the centre: uint8 [3, size, size].
-
-    Raises ValueError for what only `load_image` can do: other formats and modes, rotation, large photographs.
-    """
-    height, width, mode, _ = simplejpeg.decode_jpeg_header(jpeg)
-    if mode != "YCbCr" or b"Exif\0\0" in jpeg[:65_536] or min(height, width) >= 8 * size:
+def plain_jpeg_size(data: bytes) -> tuple[int, int]:
+    """Return the height and width of a JPEG that is RGB, upright and no bomb. Raises ValueError for any other."""
+    height, width, mode, _ = simplejpeg.decode_jpeg_header(data)
+    if mode != "YCbCr" or b"Exif\0\0" in data[:65_536] or height * width > Image.MAX_IMAGE_PIXELS:
         raise ValueError("not a plain JPEG")
-    image = torch.from_numpy(simplejpeg.decode_jpeg(jpeg, "RGB")).permute(2, 0, 1)
-    width, height = _resized(width, height, size)
-    image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    return height, width
+
+
+def resize_short_side(image: Tensor, size: int) -> Tensor:
+    """Resize uint8 [3, height, width] to `size` on its short side: bicubic, within one grey level of Pillow's."""
+    width, height = _resized(image.shape[2], image.shape[1], size)
+    if (height, width) == image.shape[1:]:
+        return image
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+
+
+def crop_centre(image: Tensor, size: int) -> Tensor:
+    """Return the central square [3, size, size] of [3, height, width]."""
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
     return image[:, top : top + size, left : left + size]
+
+
+def resize_and_crop(image: Tensor, size: int) -> Tensor:
+    """Do to uint8 [3, height, width] what `load_image` does to a file, within one grey level."""
+    return crop_centre(resize_short_side(image, size), size)
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Tell whatever a damaged image raises as UnreadableImageError; Pillow's plugins raise anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(reason) from None
 
 
 def _resized(width: int, height: int, size: int) -> tuple[int, int]:
     """Return the width and height after the short side became `size`."""
     return (size, int(size * height / width)) if width < height else (int(size * width / height), size)
-
-
-def _orientation(image: Image.Image) -> Image.Transpose | None:
-    return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -109,13 +132,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return uint8 [batch, 3, height, width] as float32 in units of `std` around `mean`, channels_last.
+def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Return [batch, 3, height, width] with values in 0..255 as float32 in units of `std` around `mean`, channels_last.
 
-    Runs where the images are: as uint8 they cross to the device in a quarter of the bytes.
+    `mean` and `std` are of RGB in [0, 1]. Runs where the images are: as uint8 they cross to the device in a quarter
+    of the bytes.
     """
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
-    return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).div_(std)
+    mean, std = (torch.as_tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in (mean, std))
+    return (images.contiguous(memory_format=torch.channels_last).float() - mean).div_(std)
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -81,3 +81,75 @@ def test_real_annotations_are_read(data_dir):
     assert (len(caption_set.images), caption_set.num_captions, caption_set.missing) == (40, 200, [])
     caption_set = read_captions(flickr8k / "images", flickr8k / "annotations" / "captions_train.json")
     assert (len(caption_set.images), caption_set.num_captions) == (6_000, 30_000)
+
+
+def make_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).touch()
+    return folder / "images"
+
+
+def found(caption_set) -> dict[str, tuple[str, ...]]:
+    return {Path(image.path).name: image.captions for image in caption_set.images}
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t"), ("csv", "\t")])
+def test_csv_rows_of_one_image_are_put_together(tmp_path: Path, suffix, delimiter):
+    img_dir = make_files(tmp_path, "a.jpg", "sub/b.jpg")
+    rows = [("filepath", "split", "title"), ("a.jpg", "x", "a cat"), ("sub/b.jpg", "x", '"a dog, ""Rex"""')]
+    rows += [("a.jpg", "x", "a black cat"), (str(img_dir / "a.jpg"), "x", "by its whole path")]
+    (tmp_path / f"c.{suffix}").write_text("\n".join(map(delimiter.join, rows)))
+    caption_set = read_captions(img_dir, tmp_path / f"c.{suffix}")
+    captions = [image.captions for image in caption_set.images]
+    assert captions == [("a cat", "a black cat"), ('a dog, "Rex"',), ("by its whole path",)]
+
+
+def test_bad_csv_rows_are_left_out_and_told(tmp_path: Path):
+    img_dir = make_files(tmp_path, "a.jpg", "b.jpg")
+    lines = [b"\xef\xbb\xbfimage,caption", b"a.jpg,caf\xc3\xa9", b"a.jpg", b",no image", b"b.jpg,  ", b"b.jpg,caf\xe9"]
+    (tmp_path / "c.csv").write_bytes(b"\r\n".join([*lines, b"b.jpg,nul\x00", b"gone.jpg,a dog"]))
+    caption_set = read_captions(img_dir, tmp_path / "c.csv", csv_columns=("image", "caption"))
+    assert found(caption_set) == {"a.jpg": ("café",), "b.jpg": ("café", "nul")}
+    assert [entry.rpartition(" ")[2] for entry in caption_set.unusable] == ["3", "4", "5"]  # lines of the file
+    assert caption_set.missing == ["gone.jpg"]
+    assert "3 entries are unusable" in caption_set.describe() and "1 more images are not on" in caption_set.describe()
+
+
+def test_a_csv_without_the_columns_names_those_it_has(tmp_path: Path):
+    img_dir = make_files(tmp_path, "a.jpg")
+    (tmp_path / "c.csv").write_text("image,caption\na.jpg,a cat\n")
+    with pytest.raises(UserError, match=r"no column 'filepath' \(its columns: image, caption\)"):
+        read_captions(img_dir, tmp_path / "c.csv")
+
+
+def test_karpathys_splits_are_kept_apart(tmp_path: Path):
+    img_dir = make_files(tmp_path, "val2014/a.jpg", "b.jpg", "c.jpg")
+    images = [
+        {"filepath": "val2014", "filename": "a.jpg", "cocoid": 7, "split": "restval", "sentences": [{"raw": "one"}]},
+        {"filename": "b.jpg", "split": "train", "sentences": [{"raw": "two"}, {"raw": "three"}]},
+        {"filename": "c.jpg", "split": "val", "sentences": [{"raw": "four"}]},
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"dataset": "x", "images": images}))
+    assert found(read_captions(img_dir, tmp_path / "dataset.json")) == {"a.jpg": ("one",), "b.jpg": ("two", "three")}
+    assert found(read_captions(img_dir, tmp_path / "dataset.json", split="val")) == {"c.jpg": ("four",)}
+    del images[1]["split"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(UserError, match="not in Karpathy's format"):
+        read_captions(img_dir, tmp_path / "dataset.json")
+
+
+def test_a_folder_of_images_and_texts_is_read(tmp_path: Path):
+    img_dir = make_files(tmp_path, "a.jpg", "sub/b.PNG", "no_text.jpg", "empty.jpg", "empty.txt", "only.txt")
+    (img_dir / "a.txt").write_text("a cat\n\n a black cat \n", encoding="utf-8")
+    (img_dir / "sub" / "b.txt").write_bytes(b"caf\xe9")
+    caption_set = read_captions(img_dir)
+    assert found(caption_set) == {"a.jpg": ("a cat", "a black cat"), "b.PNG": ("café",)}
+    assert sorted(caption_set.missing) == ["empty.txt", "no_text.txt"]
+    with pytest.raises(UserError, match="no image with its captions"):
+        read_captions(make_files(tmp_path / "other", "a.jpg"))
+
+
+def test_two_images_of_one_id_and_file_keep_their_captions(tmp_path: Path):
+    content = {"images": [IMAGE, IMAGE], "annotations": [{**CAPTION, "id": 5}, {**CAPTION, "id": 5}]}
+    assert [image.captions for image in read_captions(*write(tmp_path, content)).images] == [("a cat", "a cat")]

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from dataloader.augment import Augmentation
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
-from dataloader.data_loaders import EpochBatchSampler, ImageLoader, TrainLoader
-from dataloader.images import load_image, load_pixels, normalize, to_tensor
+from dataloader.data_loaders import CaptionDataset, EpochBatchSampler, ImageLoader, TrainLoader
+from dataloader.images import load_image, normalize, to_tensor
+from dataloader.tables import PackedStrings, TokenTable
 from tests.conftest import make_captions
 from utils.errors import UserError
 
@@ -21,12 +24,13 @@ def make_sampler(num_samples, *, num_epochs=3, seed=1) -> EpochBatchSampler:
     return EpochBatchSampler(num_samples, batch_size=5, batches_per_epoch=4, num_epochs=num_epochs, seed=seed)
 
 
-def make_loader(files, *, num_workers=0, seed=3, num_epochs=2, share=0.0, warnings=None) -> TrainLoader:
-    config = load_data_config([("image_mean", MEAN), ("image_std", STD), ("max_unreadable_share", share)])
+def make_loader(files, *, num_workers=0, seed=3, num_epochs=2, share=0.0, told=None, **changes) -> TrainLoader:
+    changes = {"image_mean": MEAN, "image_std": STD, "max_unreadable_share": share, **changes}
+    told = [] if told is None else told
     return TrainLoader(
-        read_captions(*files).images, config, image_size=16, context_length=77, batch_size=5, batches_per_epoch=4,
-        num_epochs=num_epochs, num_workers=num_workers, seed=seed, device=CPU,
-        warn=(warnings if warnings is not None else []).append,
+        read_captions(*files), load_data_config(list(changes.items())), image_size=16, context_length=77,
+        batch_size=5, batches_per_epoch=4, num_epochs=num_epochs, num_workers=num_workers, seed=seed, device=CPU,
+        tell=told.append, warn=told.append,
     )  # fmt: skip
 
 
@@ -40,6 +44,33 @@ def test_every_image_comes_once_an_epoch_in_a_new_order():
     assert batches != list(make_sampler(20, seed=2))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_image_comes_once_an_epoch_over_all_processes_and_workers(tmp_path: Path, world_size, num_workers):
+    images = read_captions(*make_captions(tmp_path, size=(8, 8))).images
+    config = load_data_config()
+    epochs = [Counter(), Counter()]
+    orders = []
+    for rank in range(world_size):
+        sampler = EpochBatchSampler(
+            24, batch_size=4, batches_per_epoch=24 // (4 * world_size), num_epochs=2, seed=5, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
+        tokens = TokenTable([image.captions for image in images], 77)
+        source = PackedStrings(image.path for image in images)
+        dataset = CaptionDataset(source, tokens, Augmentation(config, 8), side=None, seed=5)
+        batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda x: x, num_workers=num_workers))
+        assert len(batches) == len(sampler)
+        for number, batch in enumerate(batches):
+            epochs[number // sampler.batches_per_epoch].update(batch.indices.tolist())
+        orders.append([batch.indices.tolist() for batch in batches])
+    assert epochs == [Counter(range(24))] * 2
+    size = 4 * world_size
+    whole = EpochBatchSampler(24, batch_size=size, batches_per_epoch=24 // size, num_epochs=2, seed=5)
+    together = [sum(parts, []) for parts in zip(*orders, strict=True)]
+    assert together == [[index for _, index in batch] for batch in whole]  # as one process would have it
+
+
 def test_what_does_not_fill_a_step_is_dropped():
     assert [len(batch) for batch in make_sampler(23, num_epochs=1)] == [5, 5, 5, 5]
 
@@ -49,17 +80,16 @@ def test_the_number_of_workers_does_not_change_the_data(caption_files):
     assert len(runs[0]) == 8
     for run in runs[1:]:
         for batch, expected in zip(run, runs[0], strict=True):
-            assert batch.image_ids == expected.image_ids
+            assert torch.equal(batch.indices, expected.indices)
             assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.images, expected.images)
 
 
 def test_a_batch_holds_the_images_and_one_of_each_ones_captions(caption_files):
     caption_set = read_captions(*caption_files)
-    by_id = {image.image_id: image for image in caption_set.images}
     batches = list(make_loader(caption_files, num_epochs=6))
     assert batches[0].tokens.dtype == torch.int64 and batches[0].tokens.shape[1] % 8 == 0
-    for image_id, pixels in zip(batches[0].image_ids, batches[0].images, strict=True):
-        expected = load_pixels(by_id[image_id].path, 16)
+    for index, pixels in zip(batches[0].indices.tolist(), batches[0].images, strict=True):
+        expected = to_tensor(load_image(caption_set.images[index].path, 16))
         torch.testing.assert_close(pixels, normalize(expected[None], MEAN, STD)[0])
     lengths = Counter(int((row > 0).sum()) for batch in batches for row in batch.tokens)
     assert len(lengths) > 1  # both wordings are drawn
@@ -69,8 +99,8 @@ def test_an_unreadable_image_is_replaced_and_told_once(tmp_path: Path):
     files = make_captions(tmp_path)
     (files[0] / "000000000003.png").write_bytes(b"")
     told = []
-    batches = list(make_loader(files, num_workers=2, num_epochs=3, share=0.05, warnings=told))
-    assert len(batches) == 12 and all(len(batch.image_ids) == 5 and 3 not in batch.image_ids for batch in batches)
+    batches = list(make_loader(files, num_workers=2, num_epochs=3, share=0.05, told=told))
+    assert len(batches) == 12 and all(len(batch.images) == 5 and 3 not in batch.indices for batch in batches)
     assert len(told) == 1 and "000000000003.png" in told[0]
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataloader.batch import Failure
 from dataloader.captions import CaptionSet
-from dataloader.data_loaders import Failure, ImageLoader, ImageSource
+from dataloader.data_loaders import ImageLoader
+from dataloader.images import ImageSource
 from model import TrainedCLIP
 from utils.retrieval import retrieval_recall
 from utils.zero_shot import encode_images, encode_texts
@@ -43,8 +45,8 @@ def evaluate_retrieval(
     Unreadable images are left out with their captions. Call it with the bare model, which is set to eval mode.
     """
     clip.model.eval()
-    files = [image.path for image in val_set.images]
-    indices, image_features, _ = encode_sources(clip, files, batch_size=batch_size, num_workers=num_workers)
+    sources = val_set.shards or [image.path for image in val_set.images]
+    indices, image_features, _ = encode_sources(clip, sources, batch_size=batch_size, num_workers=num_workers)
     captions = [val_set.images[index].captions for index in indices.tolist()]
     text_features = encode_texts(clip.model, [caption for own in captions for caption in own])
     image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=indices.device)

@@ -14,6 +14,8 @@ from trainer.optim import gradient_norm
 from trainer.plan import RunPlan
 from utils.logger import RunLogger, duration
 
+MUCH_WAITING = 0.1  # of the time: caching the images is then worth its space
+
 
 class StepMeter:
     """Means of the losses' scalars, speed and memory between two rows of the log."""
@@ -61,6 +63,10 @@ class StepMeter:
             remaining = (self.plan.total_steps - state.global_step) * seconds / num_steps
             self.logger.info(f"expected time for the remaining steps: {duration(remaining)}")
             self.has_told_time = True
+        elif self.loader.advice and row["data_wait_share"] > MUCH_WAITING:  # not in the first row: workers start there
+            share = f"{row['data_wait_share']:.0%}"
+            self.logger.info(f"{share} of the time goes into waiting for images; {self.loader.advice}")
+            self.loader.advice = ""
         self._restart(state.global_step)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataloader.captions import CaptionSet
+from dataloader.stream import ShardStream
 from model import CLIP
 from trainer.config import TrainConfig
 from trainer.optim import cosine_warmup_lr
@@ -85,12 +86,11 @@ def make_folders(output_dir: Path, config: TrainConfig) -> RunFolders:
     return folders
 
 
-def describe_run(plan: RunPlan, config: TrainConfig, runtime: Runtime, model: CLIP, train_set: CaptionSet) -> str:
+def describe_run(
+    plan: RunPlan, config: TrainConfig, runtime: Runtime, model: CLIP, train_set: CaptionSet | ShardStream
+) -> str:
     """Return the block of lines that says what is about to happen."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    data = f"{len(train_set.images):,} images, {train_set.num_captions:,} captions"
-    if train_set.missing:
-        data += f"; {len(train_set.missing):,} more images are not on disk (e.g. {train_set.missing[0]})"
     batch = f"{config.per_gpu_train_batch_size} pairs"
     if runtime.num_devices > 1:
         batch += f" x {runtime.num_devices} GPUs = {plan.batch_size} in each loss"
@@ -98,7 +98,7 @@ def describe_run(plan: RunPlan, config: TrainConfig, runtime: Runtime, model: CL
         batch += f", x {config.gradient_accumulation_steps} accumulated = {plan.pairs_per_step} a step"
     optimizer = config.optimizer
     rows = {
-        "data": data,
+        "data": train_set.describe(),
         "model": f"{model.config.name}, {num_parameters:,} parameters, {model.config.image_resolution} px",
         "device": runtime.description,
         "batch": batch,

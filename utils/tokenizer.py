@@ -44,13 +44,17 @@ class CLIPTokenizer:
         `length` is the longest text's, rounded up to a `multiple`; a text longer than `context_length` is cut and
         keeps its end marker.
         """
-        encoded = [[self.start, *self.encode(text)[: context_length - 2], self.end] for text in texts]
+        encoded = [self.encode_with_markers(text, context_length) for text in texts]
         longest = max(map(len, encoded), default=0)
         length = min(-(-longest // multiple) * multiple, context_length)
         tokens = np.zeros((len(encoded), length), dtype=np.int64)
         for row, ids in zip(tokens, encoded, strict=True):
             row[: len(ids)] = ids
         return torch.from_numpy(tokens)
+
+    def encode_with_markers(self, text: str, context_length: int) -> list[int]:
+        """Return the ids of a text between its markers, cut to `context_length` ids in all."""
+        return [self.start, *self.encode(text)[: context_length - 2], self.end]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text of any length, without markers."""

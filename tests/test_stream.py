@@ -1,0 +1,69 @@
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataloader.config import load_data_config
+from dataloader.data_loaders import TrainLoader, open_train_set
+from tests.test_shards import jpeg, make_shards, write_tar
+from utils.errors import UserError
+from utils.tokenizer import get_tokenizer
+
+
+def stream(urls: object, *, num_workers=0, num_epochs=2, told=None, **changes) -> TrainLoader:
+    changes = {"format": "stream", "train_img_dir": str(urls), "max_unreadable_share": 0.1, **changes}
+    config, told = load_data_config(list(changes.items())), [] if told is None else told
+    train_set = open_train_set(config)
+    return TrainLoader(
+        train_set, config, image_size=32, context_length=77, batch_size=4,
+        batches_per_epoch=train_set.num_images // 4, num_epochs=num_epochs, num_workers=num_workers, seed=3,
+        device=torch.device("cpu"), tell=told.append, warn=told.append,
+    )  # fmt: skip
+
+
+def texts(batches) -> Counter:
+    return Counter(tuple(row[row > 0].tolist()) for batch in batches for row in batch.tokens)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_stream_shows_every_image_about_once_an_epoch(tmp_path: Path, num_workers):
+    folder, caption_set = make_shards(tmp_path)
+    batches = list(stream(folder / "{000000..000002}.tar", num_workers=num_workers))
+    assert len(batches) == 12 and all(batch.images.shape == (4, 3, 32, 32) for batch in batches)
+    number_of = {
+        tuple(ids[ids > 0].tolist()): number
+        for number, image in enumerate(caption_set.images)
+        for ids in get_tokenizer()(image.captions)
+    }
+    seen = Counter(number_of[text] for text in texts(batches).elements())
+    assert len(seen) >= 20 and max(seen.values()) <= 6  # workers with a short shard come round again sooner
+
+
+def test_a_stream_is_the_same_for_the_same_seed_and_workers(tmp_path: Path):
+    urls = make_shards(tmp_path)[0] / "{000000..000002}.tar"
+    first, second = (list(stream(urls, num_workers=2)) for _ in range(2))
+    for batch, expected in zip(first, second, strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.tokens, expected.tokens)
+
+
+def test_a_pipe_is_a_stream(tmp_path: Path):
+    folder, _ = make_shards(tmp_path)
+    urls = f"pipe:cat {folder}/{{000000..000001}}.tar"
+    assert len(list(stream(urls, stream_num_images=20, num_epochs=1))) == 5
+
+
+def test_the_number_of_images_has_to_be_told(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": b"one"})
+    with pytest.raises(UserError, match="stream_num_images is not set"):
+        stream(tmp_path / "0.tar")
+
+
+def test_an_unreadable_image_in_a_stream_is_passed_over_and_told(tmp_path: Path):
+    members = {}
+    for number in range(20):
+        members |= {f"{number}.jpg": jpeg((number, 2, 3)) if number != 7 else b"no", f"{number}.txt": b"a thing"}
+    write_tar(tmp_path / "0.tar", members)
+    told = []
+    batches = list(stream(tmp_path / "0.tar", stream_num_images=20, told=told))
+    assert len(batches) == 10 and len(told) == 1 and "0.tar/7" in told[0]
