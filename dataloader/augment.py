@@ -1,5 +1,7 @@
 """Which part of a training image the model sees, and how: drawn per sample, applied in a worker or on the device."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from dataloader.images import resize_and_crop
 # The columns of a sample's random numbers.
 CAPTION, AREA, ASPECT, TOP, LEFT, FLIP, BRIGHTNESS, CONTRAST, SATURATION = range(9)
 NUM_DRAWS = 9
-ASPECT_RATIOS = (3 / 4, 4 / 3)
+LOG_ASPECT_RATIOS = (math.log(3 / 4), math.log(4 / 3))
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -33,24 +35,21 @@ class Augmentation:
         """Take one image, uint8 [3, height, width] on the CPU, to [3, size, size]; `draws` [NUM_DRAWS]."""
         if not self.is_random:
             return resize_and_crop(image, self.size)
-        top, left, height, width = crop_boxes(draws, image.shape[1], image.shape[2], self.crop_scale)
-        part = image[:, top : top + height, left : left + width]
-        return F.interpolate(part[None], (self.size, self.size), mode="bilinear", antialias=True)[0]
+        top, left, height, width = crop_boxes(draws, image.shape[1], image.shape[2], self.crop_scale).tolist()
+        part = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+        return F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
 
     def crop_squares(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Take squares, uint8 [batch, 3, side, side] on any device, to [batch, 3, size, size].
+        """Take squares, uint8 [batch, 3, side, side], to float32 [batch, 3, size, size] in 0..255 where they lie.
 
-        On a GPU the result is float32 in [0, 255], not rounded.
+        For GPUs, which do in a moment what `crop` does to one image after the other; not rounded, else the same.
         """
         side = images.shape[-1]
         if not self.is_random:
             if side == self.size:
                 return images
-            images = images.float() if images.is_cuda else images
-            return F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
-        if not images.is_cuda:  # uint8 is faster there, and has no batched form
-            return torch.stack([self.crop(image, own) for image, own in zip(images, draws, strict=True)])
-        top, left, height, width = crop_boxes(draws, side, side, self.crop_scale).T
+            return F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        top, left, height, width = crop_boxes(draws, side, side, self.crop_scale)
         boxes = np.stack([np.arange(len(draws)), left, top, left + width, top + height], axis=1)
         boxes = torch.from_numpy(boxes).float().to(images.device, non_blocking=True)
         return roi_align(images.float(), boxes, self.size, aligned=True)
@@ -76,16 +75,16 @@ class Augmentation:
 
 
 def crop_boxes(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
-    """Return (top, left, height, width) of random-resized crops, int64 [..., 4] for draws [..., NUM_DRAWS].
+    """Return (top, left, height, width) of random-resized crops, int64 [4, ...] for draws [..., NUM_DRAWS].
 
     A crop covers a uniform share in `scale` of the image's area, at a log-uniform aspect ratio in 3/4 .. 4/3
     (Szegedy et al. 2015, section 6); where it would not fit, its longer side is cut.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., AREA])
-    low, high = np.log(ASPECT_RATIOS)
+    low, high = LOG_ASPECT_RATIOS
     aspect = np.exp(low + (high - low) * draws[..., ASPECT])
-    crop_height = np.clip(np.round(np.sqrt(area / aspect)), 1, height)
-    crop_width = np.clip(np.round(np.sqrt(area * aspect)), 1, width)
-    top = np.floor((height - crop_height + 1) * draws[..., TOP])
-    left = np.floor((width - crop_width + 1) * draws[..., LEFT])
-    return np.stack([top, left, crop_height, crop_width], axis=-1).astype(np.int64)
+    crop_height = np.maximum(1, np.minimum(height, np.rint(np.sqrt(area / aspect))))
+    crop_width = np.maximum(1, np.minimum(width, np.rint(np.sqrt(area * aspect))))
+    top = (height - crop_height + 1) * draws[..., TOP]  # rounded down below
+    left = (width - crop_width + 1) * draws[..., LEFT]
+    return np.array([top, left, crop_height, crop_width]).astype(np.int64)

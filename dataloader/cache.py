@@ -34,8 +34,13 @@ class PixelCache:
     def pixels(self) -> np.ndarray:
         """The whole array, uint8 [num_rows, side, side, 3]."""
         if self._pixels is None:
-            self._pixels = np.asarray(np.load(self.folder / PIXELS_FILE, mmap_mode="r"))
+            # Mapped as writable, though nothing writes to it: torch warns of memory that is not.
+            self._pixels = np.asarray(np.load(self.folder / PIXELS_FILE, mmap_mode="c"))
         return self._pixels
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one square, uint8 [3, side, side], in place."""
+        return torch.from_numpy(self.pixels[self.rows[index]]).permute(2, 0, 1)
 
     def read(self, indices: np.ndarray) -> Tensor:
         """Return squares, uint8 [num_indices, 3, side, side], channels_last."""

@@ -36,14 +36,15 @@ from dataloader.tables import PackedStrings, TokenTable, random_numbers
 from utils.errors import UserError
 
 MAX_REPLACEMENTS = 100
+BUFFER_BYTES = 3 * 1200 * 1200  # larger photographs are decoded to memory of their own
 
 
 class CaptionDataset(Dataset):
     """Batches by lists of (epoch, index), all of one epoch: images, and one of the captions of each.
 
-    `source` has the images: their files' names, shards, a pixel cache; or None, where the device has them. With
-    `side` they come as squares of so many pixels, which the device crops; without, cropped. An unreadable image gives
-    its place to another, drawn at random.
+    `source` has the images: their files' names, shards, a pixel cache; or None, where the device has them. An
+    unreadable image gives its place to another, drawn at random. With `leaves_squares`, images of a packed source come
+    as the squares that they are, for the device to crop.
     """
 
     def __init__(
@@ -52,44 +53,51 @@ class CaptionDataset(Dataset):
         tokens: TokenTable,
         augmentation: Augmentation,
         *,
-        side: int | None,
         seed: int,
+        leaves_squares: bool = False,
     ) -> None:
         self.source = source
         self.tokens = tokens
         self.augmentation = augmentation
-        self.side = side
         self.seed = seed
+        self.leaves_squares = leaves_squares
+        self.side = getattr(source, "side", None)
+        self.buffer = np.empty(BUFFER_BYTES, dtype=np.uint8)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         epoch, indices = keys[0][0], np.array([index for _, index in keys])
         draws = random_numbers(self.seed, epoch, indices, NUM_DRAWS)
         failures: list[Failure] = []
+        is_ready = self.leaves_squares or (self.side == self.augmentation.size and not self.augmentation.is_random)
         if self.source is None:
             images = None
-        elif isinstance(self.source, PixelCache):
+        elif isinstance(self.source, PixelCache) and is_ready:
             images = self.source.read(indices)
         else:
-            rows = [self._read(epoch, indices, row, draws[row], failures) for row in range(len(indices))]
-            images = torch.stack([image.permute(1, 2, 0) for image in rows]).permute(0, 3, 1, 2)  # channels_last
+            size = self.side if self.leaves_squares else self.augmentation.size
+            images = torch.empty(len(indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels_last
+            for row, place in enumerate(images):
+                image = self._read(epoch, indices, row, failures)
+                if image is not None:
+                    place.copy_(image if self.leaves_squares else self.augmentation.crop(image, draws[row]))
         tokens = self.tokens.draw(indices, draws[:, CAPTION])
         return Batch(images, tokens, torch.from_numpy(indices), draws, failures)
 
-    def _read(self, epoch: int, indices: np.ndarray, row: int, draws: np.ndarray, failures: list[Failure]) -> Tensor:
+    def _read(self, epoch: int, indices: np.ndarray, row: int, failures: list[Failure]) -> Tensor | None:
         """Return the image of one row; where it cannot be read, change the row's index to one that can be."""
         rng = None
         for _ in range(MAX_REPLACEMENTS):
             index = int(indices[row])
             try:
-                image = read_pixels(self.source[index], self.side or self.augmentation.size)
-                return crop_centre(image, self.side) if self.side else self.augmentation.crop(image, draws)
+                if isinstance(self.source, PixelCache):
+                    return self.source[index]
+                image = read_pixels(self.source[index], self.side or self.augmentation.size, self.buffer)
+                return crop_centre(image, self.side) if self.side else image
             except UnreadableImageError as error:
                 failures.append(Failure(_name(self.source, index), str(error)))
                 rng = rng or np.random.default_rng((self.seed, epoch, index))
                 indices[row] = rng.integers(len(self.source))
-        # So many failures are over every allowed share: `TrainLoader` ends the run before this blank is used.
-        size = self.side or self.augmentation.size
-        return torch.zeros(3, size, size, dtype=torch.uint8)
+        return None  # so many failures are over every allowed share: `TrainLoader` ends the run before this is used
 
 
 class EpochBatchSampler:
@@ -161,7 +169,7 @@ class TrainLoader:
         self.warn = warn
         self.wait_seconds = 0.0
         self.resident: Tensor | None = None  # the pixel cache, where the device holds it
-        self.is_square = False  # batches come as squares, to be cropped on the device
+        self.leaves_squares = False  # a GPU crops what is packed; without one, the workers do
         self.advice = ""  # to a run that waits for its data
         num_workers = _usable_workers(num_workers)
         common = {"pin_memory": device.type == "cuda", "worker_init_fn": _freeze}
@@ -182,13 +190,12 @@ class TrainLoader:
             train_set, source = open_cache(train_set, config, image_size=image_size, num_workers=num_workers, tell=tell)
         tokens_file = None if config.cache == "none" else source.folder / "tokens.npz"
         tokens = TokenTable([image.captions for image in train_set.images], context_length, tokens_file)
-        side = None if source is None else source.side
-        self.is_square = side is not None
+        self.leaves_squares = device.type == "cuda" and getattr(source, "side", None) is not None
         if source is None:
             source = PackedStrings(image.path for image in train_set.images)
         if isinstance(source, PixelCache) and _fits_on(device, source, config.cache_device):
             self.resident, source = source.copy_to(device), None
-        dataset = CaptionDataset(source, tokens, self.augmentation, side=side, seed=seed)
+        dataset = CaptionDataset(source, tokens, self.augmentation, seed=seed, leaves_squares=self.leaves_squares)
         sampler = EpochBatchSampler(
             train_set.num_images,
             batch_size=batch_size,
@@ -222,7 +229,7 @@ class TrainLoader:
         if self.resident is not None:
             indices = batch.indices.to(self.device, non_blocking=True)
             images = self.resident[indices].permute(0, 3, 1, 2)
-        if self.is_square:
+        if self.leaves_squares:
             images = self.augmentation.crop_squares(images, batch.draws)
         return normalize(self.augmentation.recolour(images, batch.draws), self.mean, self.std)
 

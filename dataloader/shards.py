@@ -23,12 +23,6 @@ INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 
 
-class ShardImage(io.BytesIO):
-    """The bytes of one image; `name` says whose."""
-
-    name: str
-
-
 class Shards(Sequence):
     """The images of a folder of shards, by their number from 0. Raises UserError if it holds none.
 
@@ -48,21 +42,21 @@ class Shards(Sequence):
         self.shard, self.offset, self.size, self.crc = (index[name] for name in ("shard", "offset", "size", "crc"))
         self.keys = PackedStrings.from_arrays(index["keys"], index["keys_ends"])
         self.unusable: list[str] = [*index["unusable"].tolist(), *self._changed(index["file_sizes"])]
+        self.is_checked = np.zeros(len(self.shard), dtype=bool)  # once in each process
         self.places = np.arange(len(self.shard)) if places is None else places
         self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, number: int) -> ShardImage:
+    def __getitem__(self, number: int) -> io.BytesIO:
         place = self.places[number]
         shard, offset, size = int(self.shard[place]), int(self.offset[place]), int(self.size[place])
         data = self._map(shard)[offset : offset + size]
-        if zlib.crc32(data) != self.crc[place]:
+        if not self.is_checked[place] and zlib.crc32(data) != self.crc[place]:
             raise UnreadableImageError(f"{self.name(number)} is damaged")
-        image = ShardImage(data)
-        image.name = self.name(number)
-        return image
+        self.is_checked[place] = True
+        return io.BytesIO(data)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # each process maps the files itself

@@ -58,7 +58,7 @@ def test_every_image_comes_once_an_epoch_over_all_processes_and_workers(tmp_path
         )  # fmt: skip
         tokens = TokenTable([image.captions for image in images], 77)
         source = PackedStrings(image.path for image in images)
-        dataset = CaptionDataset(source, tokens, Augmentation(config, 8), side=None, seed=5)
+        dataset = CaptionDataset(source, tokens, Augmentation(config, 8), seed=5)
         batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda x: x, num_workers=num_workers))
         assert len(batches) == len(sampler)
         for number, batch in enumerate(batches):

@@ -1,0 +1,106 @@
+"""What the benchmarks share: rates measured side by side, and their table, chart and JSON."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+
+class Row(NamedTuple):
+    """One figure; `ratio` is to the benchmark's first row."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float
+
+
+def measure_rates(
+    rows: Mapping[str, Callable[[], int]], *, seconds: float = 1.0, rounds: int = 5
+) -> dict[str, list[float]]:
+    """Return units a second of each row, once a round: every row in turn, so that a noisy moment meets them all.
+
+    A row's function does some work and returns how many units it was; it runs for at least `seconds` a round.
+    """
+    for work in rows.values():
+        work()
+    rates: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, work in rows.items():
+            done, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds:
+                done += work()
+            rates[name].append(done / elapsed)
+    return rates
+
+
+def to_rows(rates: Mapping[str, Sequence[float]], unit: str) -> list[Row]:
+    """Return each row's median, and the median of its ratios to the first row of the same round."""
+    base = next(iter(rates.values()))
+    return [
+        Row(
+            name,
+            statistics.median(values),
+            unit,
+            statistics.median(value / first for value, first in zip(values, base, strict=True)),
+        )
+        for name, values in rates.items()
+    ]
+
+
+def describe_machine() -> str:
+    """Return the processor or GPU, the cores in use and the version of PyTorch."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        device = names[0] if names else platform.processor() or platform.machine()
+    return f"{device}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --json and --png, which every benchmark has."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them as bars there")
+
+
+def report(rows: Sequence[Row], title: str, args: argparse.Namespace) -> None:
+    """Print the table, and write what the flags ask for."""
+    print(f"{title}\n{describe_machine()}\n")
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"{row.name:<{width}} {row.value:12,.1f} {row.unit:<14} {row.ratio:8.2f} x")
+    if args.json:
+        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    if args.png:
+        draw(rows, title, args.png)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the rows as bars on a logarithmic scale, each with its value and ratio."""
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.42 * len(rows)), layout="constrained", dpi=120)
+    values = [row.value for row in rows]
+    axes.barh(range(len(rows)), values, color=["#9aa5b1"] + ["#3b6ea5"] * (len(rows) - 1), height=0.62)
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 2, max(values) * 8)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(rows[0].unit)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    for place, row in enumerate(rows):
+        axes.text(row.value * 1.1, place, f"{row.value:,.0f}  ({row.ratio:.1f}x)", va="center", fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
