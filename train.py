@@ -35,9 +35,11 @@ SAMPLE_DIR = Path("data/sample")
 SAMPLE_CONFIG = {
     "model.name": "RN-small",
     "trainer.num_train_epochs": 40,
-    "trainer.num_workers": 2,
+    "trainer.num_workers": 1,
     "trainer.optimizer.params.lr": 1e-3,
     "trainer.logging_steps": 20,
+    "dataloader.cache": "pixels",
+    "dataloader.cache_dir": f"{SAMPLE_DIR}/cache",
     "dataloader.train_img_dir": f"{SAMPLE_DIR}/train",
     "dataloader.train_annotation_file": f"{SAMPLE_DIR}/annotations/captions_train.json",
     "dataloader.val_img_dir": f"{SAMPLE_DIR}/val",
