@@ -76,14 +76,18 @@ def read_captions(
     img_dir = Path(img_dir)
     if not img_dir.is_dir():
         raise UserError(f"the image directory {img_dir} does not exist; check the path.{COCO_STEPS}")
-    if annotation_file is not None and not Path(annotation_file).is_file():
+    has_file = annotation_file is not None and Path(annotation_file).is_file()
+    if format == "shards" or (format == "auto" and any(img_dir.glob("*.tar"))):
+        return _read_shards(img_dir)
+    if format == "folder" or (format == "auto" and not has_file and any(img_dir.rglob("*.txt"))):
+        return _read_folder(img_dir)
+    if annotation_file is None:
+        raise UserError(
+            f"{img_dir} has neither shards (*.tar) nor captions in .txt files beside its images; "
+            "for captions in a file of their own set train_annotation_file"
+        )
+    if not has_file:
         raise UserError(f"the annotation file {annotation_file} does not exist; check the path.{COCO_STEPS}")
-    if annotation_file is None or format in ("folder", "shards"):
-        if format == "shards" or (format == "auto" and any(img_dir.glob("*.tar"))):
-            return _read_shards(img_dir)
-        if format in ("auto", "folder"):
-            return _read_folder(img_dir)
-        raise UserError(f"format {format} needs an annotation file; set train_annotation_file")
     unusable: list[str] = []
     records = _read_records(Path(annotation_file), format, split, csv_columns, unusable)
     return _locate(records, img_dir, Path(annotation_file), unusable)

@@ -146,8 +146,11 @@ def test_a_folder_of_images_and_texts_is_read(tmp_path: Path):
     caption_set = read_captions(img_dir)
     assert found(caption_set) == {"a.jpg": ("a cat", "a black cat"), "b.PNG": ("café",)}
     assert sorted(caption_set.missing) == ["empty.txt", "no_text.txt"]
-    with pytest.raises(UserError, match="no image with its captions"):
+    assert found(read_captions(img_dir, tmp_path / "nowhere.json")) == found(caption_set)  # the config's default
+    with pytest.raises(UserError, match="neither shards"):
         read_captions(make_files(tmp_path / "other", "a.jpg"))
+    with pytest.raises(UserError, match="no image with its captions"):
+        read_captions(tmp_path / "other" / "images", format="folder")
 
 
 def test_two_images_of_one_id_and_file_keep_their_captions(tmp_path: Path):

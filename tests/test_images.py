@@ -159,6 +159,17 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path: Path, monkeypatch):
     with warnings.catch_warnings(), pytest.raises(UnreadableImageError, match="decompression bomb"):
         warnings.simplefilter("ignore")
         load_image(tmp_path / "a.png", 32)
+    noise(400, 400).save(tmp_path / "a.jpg")
+    with warnings.catch_warnings(), pytest.raises(UnreadableImageError, match="decompression bomb"):
+        warnings.simplefilter("ignore")
+        read_pixels(tmp_path / "a.jpg", 300)
+
+
+def test_a_50_megapixel_photograph_is_read_small(tmp_path: Path):
+    Image.new("RGB", (8_000, 6_250), RED).save(tmp_path / "a.jpg")
+    image = read_pixels(tmp_path / "a.jpg", 224)
+    assert image.shape == (3, 448, 573) and abs(int(image[0].min()) - 255) < 3
+    assert resize_and_crop(image, 224).shape == (3, 224, 224)
 
 
 def test_normalization_equals_torchvisions_and_is_channels_last():
