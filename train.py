@@ -3,6 +3,7 @@
 python train.py --sample    a small model on drawings it makes itself: minutes on a CPU, nothing to download
 python train.py             the reference model on MS-COCO, from the paths in dataloader/data_config.yaml
 python train.py --train_img_dir DIR --train_annotation_file FILE    any captions in COCO's format
+torchrun --nproc_per_node=4 train.py    the same on four GPUs, a process each
 """
 
 import argparse
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from dataloader.batch import Batch
@@ -18,13 +20,14 @@ from dataloader.config import DataConfig, load_data_config
 from dataloader.data_loaders import TrainLoader, open_train_set, open_val_set
 from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
+from trainer.accumulation import backward_in_chunks
 from trainer.checkpoint import TrainState, checkpoint_path, save_checkpoint
 from trainer.config import TrainConfig, load_train_config
 from trainer.evaluation import describe_recall, evaluate_retrieval
-from trainer.loss import contrastive_loss
+from trainer.loss import LOSSES
 from trainer.metrics import StepMeter
 from trainer.optim import build_optimizer, clip_logit_scale, set_lr
-from trainer.parallel import init_runtime, wrap
+from trainer.parallel import Runtime, init_runtime, without_sync, wrap
 from trainer.plan import RunFolders, RunPlan, describe_run, make_folders, make_plan
 from utils.config import parse_override, to_plain
 from utils.errors import UserError, run_script
@@ -60,51 +63,59 @@ def main(argv: list[str] | None = None) -> None:
     configs = load_configs(args)
     config, data = configs.trainer, configs.dataloader
 
-    if args.sample:
-        make_sample(SAMPLE_DIR)
-    train_set, val_set = open_train_set(data), open_val_set(data)
-
     runtime = init_runtime(config)
-    plan = make_plan(train_set.num_images, config, runtime)
-    folders = make_folders(args.output_dir, config)
-    logger = RunLogger(folders.logs)
+    with runtime.main_first():
+        if args.sample:
+            make_sample(SAMPLE_DIR)
+        train_set, val_set = open_train_set(data), open_val_set(data)
 
-    loader = TrainLoader(
-        train_set,
-        data,
-        image_size=configs.model.image_resolution,
-        context_length=configs.model.context_length,
-        batch_size=plan.batch_size,
-        batches_per_epoch=plan.steps_per_epoch * config.gradient_accumulation_steps,
-        num_epochs=config.num_train_epochs,
-        num_workers=config.num_workers,
-        seed=config.seed,
-        device=runtime.device,
-        tell=logger.info,
-        warn=logger.warning,
-    )
-    model = CLIP(configs.model).to(runtime.device)
-    parallel_model = wrap(model, runtime)
-    state = TrainState(model, build_optimizer(model, config.optimizer), to_plain(configs))
+    plan = make_plan(train_set.num_images, config, runtime)
+    folders = make_folders(args.output_dir, config, runtime)
+    logger = RunLogger(folders.logs, quiet=not runtime.is_main)
+
+    with runtime.main_first():
+        loader = TrainLoader(
+            train_set,
+            data,
+            image_size=configs.model.image_resolution,
+            context_length=configs.model.context_length,
+            batch_size=plan.batch_size,
+            batches_per_epoch=plan.steps_per_epoch * config.gradient_accumulation_steps,
+            num_epochs=config.num_train_epochs,
+            num_workers=config.num_workers,
+            seed=config.seed,
+            device=runtime.device,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            tell=logger.info,
+            warn=logger.warning,
+        )
+    model = CLIP(configs.model).to(runtime.device, memory_format=torch.channels_last)
+    if config.activation_checkpointing:
+        model.recompute_activations()
+    parallel_model = wrap(model, runtime, config)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    state = TrainState(model, build_optimizer(model, config.optimizer), scaler, to_plain(configs))
 
     logger.info(describe_run(plan, config, runtime, model, train_set))
     logger.log_config(state.configs)
-    meter = StepMeter(logger, loader, plan)
+    meter = StepMeter(logger, loader, plan, runtime)
     batches = iter(loader)
     for epoch in range(config.num_train_epochs):
         state.epoch = epoch
-        train_one_epoch(state, parallel_model, batches, plan, config, meter, folders)
+        train_one_epoch(state, parallel_model, batches, plan, config, runtime, meter, folders)
     logger.close_bar()
 
-    curve = plot_loss_curve(logger.metrics_file, folders.logs / "loss_curve.png", batch_size=plan.batch_size)
-    logger.info(f"saved {checkpoint_path(folders.checkpoints, state)}\ndrew {curve}")
-
-    if val_set:
+    if runtime.is_main:
+        curve = plot_loss_curve(logger.metrics_file, folders.logs / "loss_curve.png", batch_size=plan.contrast_size)
+        logger.info(f"saved {checkpoint_path(folders.checkpoints, state)}\ndrew {curve}")
+    if runtime.is_main and val_set:
         clip = TrainedCLIP(model, data.image_mean, data.image_std)
         recalls = evaluate_retrieval(
             clip, val_set, batch_size=config.per_gpu_eval_batch_size, num_workers=config.num_workers
         )
         logger.info(describe_recall(recalls, val_set))
+    runtime.close()
 
 
 def train_one_epoch(
@@ -113,30 +124,39 @@ def train_one_epoch(
     batches: Iterator[Batch],
     plan: RunPlan,
     config: TrainConfig,
+    runtime: Runtime,
     meter: StepMeter,
     folders: RunFolders,
 ) -> None:
     """Show the model every image once, with one of its captions, and update it after each `pairs_per_step` pairs."""
-    model, optimizer = state.model, state.optimizer
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    loss_fn = LOSSES[config.loss]
     num_micro_batches = config.gradient_accumulation_steps
     parallel_model.train()
     for _ in range(plan.steps_per_epoch):
         set_lr(optimizer, plan.lr(state.global_step))
         optimizer.zero_grad()
 
-        for batch in islice(batches, num_micro_batches):
-            image_features, text_features = parallel_model(batch.images, batch.tokens)  # [batch, embed_dim] each
-            loss, scalars = contrastive_loss(image_features, text_features, model.logit_scale.exp())
-            (loss / num_micro_batches).backward()
-            meter.update(scalars)
+        micro_batches = islice(batches, num_micro_batches)
+        if config.accumulation == "contrastive":
+            meter.update(backward_in_chunks(model, parallel_model, list(micro_batches), loss_fn, scaler))
+        else:
+            for number, batch in enumerate(micro_batches, start=1):
+                with without_sync(parallel_model, is_last=number == num_micro_batches):
+                    image_features, text_features = parallel_model(batch.images, batch.tokens)  # [batch, embed_dim]
+                    loss, scalars = loss_fn(image_features, text_features, model.logit_scale.exp(), model.logit_bias)
+                    scaler.scale(loss / num_micro_batches).backward()
+                meter.update(scalars)
 
-        optimizer.step()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
         clip_logit_scale(model.logit_scale)
         state.global_step += 1
 
         if plan.is_due(config.logging_steps, state.global_step):
             meter.report(state)
-        if plan.is_due(config.save_steps, state.global_step):
+        if runtime.is_main and plan.is_due(config.save_steps, state.global_step):
             save_checkpoint(folders.checkpoints, state)
         meter.end_step()
 
@@ -190,9 +210,11 @@ def load_configs(args: argparse.Namespace) -> Configs:
         if section not in sections or not key:
             raise UserError(f"--set {dotted_key}: should begin with {'., '.join(sections)}.")
         sections[section].append((key, value))
+    trainer = load_train_config(sections["trainer"])
+    sections["model"].append(("logit_bias", trainer.loss == "sigmoid"))
     return Configs(
         model=load_model_config(sections["model"]),
-        trainer=load_train_config(sections["trainer"]),
+        trainer=trainer,
         dataloader=load_data_config(sections["dataloader"]),
     )
 

@@ -157,6 +157,8 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
         tell: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
@@ -176,9 +178,9 @@ class TrainLoader:
 
         if isinstance(train_set, ShardStream):
             stream = StreamDataset(
-                train_set, self.augmentation, batch_size=batch_size, context_length=context_length, seed=seed
+                train_set, self.augmentation, batch_size=batch_size, context_length=context_length, seed=seed, rank=rank
             )
-            num_workers = min(num_workers, train_set.num_shards)
+            num_workers = min(num_workers, train_set.num_shards // world_size)
             self.loader = DataLoader(stream, batch_size=None, num_workers=num_workers, **common)
             return
 
@@ -202,6 +204,8 @@ class TrainLoader:
             batches_per_epoch=batches_per_epoch,
             num_epochs=num_epochs,
             seed=seed,
+            rank=rank,
+            world_size=world_size,
         )
         self.loader = DataLoader(
             dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, **common

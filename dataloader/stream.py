@@ -61,17 +61,25 @@ class StreamDataset(IterableDataset):
     """
 
     def __init__(
-        self, stream: ShardStream, augmentation: Augmentation, *, batch_size: int, context_length: int, seed: int
+        self,
+        stream: ShardStream,
+        augmentation: Augmentation,
+        *,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        rank: int = 0,
     ) -> None:
         self.urls = stream.urls
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.context_length = context_length
         self.seed = seed
+        self.rank = rank
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        source = 0 if worker is None else worker.id
+        source = 1000 * self.rank + (0 if worker is None else worker.id)  # whose random numbers
         samples = self._samples(source)
         indices = np.arange(self.batch_size)
         number = 0

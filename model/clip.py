@@ -11,6 +11,7 @@ from model.resnet import Bottleneck, ModifiedResNet
 from model.transformer import Transformer, VisionTransformer
 
 INITIAL_TEMPERATURE = 0.07  # section 2.5
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # Zhai et al. 2023, section 3.2
 
 
 class CLIP(nn.Module):
@@ -37,7 +38,9 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
+        scale = SIGMOID_SCALE if config.logit_bias else 1 / INITIAL_TEMPERATURE
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if config.logit_bias else None
         self._initialize()
 
     def _initialize(self) -> None:
@@ -61,6 +64,12 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
+    def recompute_activations(self) -> None:
+        """In training, keep what is between the stages of both encoders only; the backward pass computes the rest."""
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = True
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Encode normalized images [batch, 3, resolution, resolution] to features [batch, embed_dim], any length.
 
@@ -78,8 +87,7 @@ class CLIP(nn.Module):
         marker cannot change it: padding a text, or trimming its padding, leaves its feature as it is.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
+        x = self.transformer(x, positions=tokens.argmax(dim=-1))
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

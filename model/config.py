@@ -26,9 +26,10 @@ class CLIPConfig:
     transformer_heads: int
     transformer_layers: int
     name: str = "custom"
+    logit_bias: bool = False  # a learned scalar that SigLIP's loss adds to the logits
 
     def __post_init__(self) -> None:
-        sizes = {key: value for key, value in vars(self).items() if isinstance(value, int)}
+        sizes = {key: value for key, value in vars(self).items() if type(value) is int}
         if isinstance(self.vision_layers, tuple):
             sizes["vision_layers"] = min(self.vision_layers)
         for key, value in sizes.items():

@@ -4,8 +4,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.recompute import recomputed
 
 
 class Bottleneck(nn.Module):
@@ -50,12 +51,15 @@ class Bottleneck(nn.Module):
 class AttentionPool2d(nn.Module):
     """Multi-head attention pooling: the mean over positions queries the mean and all positions.
 
-    Takes [batch, channels, height, width], returns [batch, output_dim]. Only that one query is computed.
+    Takes [batch, channels, height, width], returns [batch, output_dim]. With one query, its product with a projected
+    position is that of the back-projected query with the position itself, and the weighted sum of projected positions
+    is the projected weighted sum: no position is ever projected, and the result is the same.
     """
 
     def __init__(self, spatial_dim: int, channels: int, heads: int, output_dim: int) -> None:
         super().__init__()
         self.heads = heads
+        self.scale = (channels // heads) ** -0.5
         self.positional_embedding = nn.Parameter(torch.randn(spatial_dim**2 + 1, channels) / channels**0.5)
         self.k_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
@@ -65,12 +69,14 @@ class AttentionPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # [batch, height * width, channels]
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
-        q, k, v = (
-            projection.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, length, 64]
-            for projection in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
-        )
-        pooled = F.scaled_dot_product_attention(q, k, v)
-        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+        q = self.q_proj(x[:, 0]).unflatten(-1, (self.heads, -1)) * self.scale  # [batch, heads, 64]
+        k_weight, v_weight = (proj.weight.unflatten(0, (self.heads, -1)) for proj in (self.k_proj, self.v_proj))
+        query = torch.einsum("bhd,hdc->bhc", q, k_weight)
+        k_bias = self.k_proj.bias.unflatten(0, (self.heads, -1))
+        scores = query @ x.transpose(1, 2) + (q * k_bias).sum(dim=-1, keepdim=True)  # [batch, heads, positions]
+        attended = scores.float().softmax(dim=-1).to(x.dtype) @ x  # [batch, heads, channels]
+        pooled = torch.einsum("bhc,hdc->bhd", attended, v_weight).flatten(1) + self.v_proj.bias
+        return self.c_proj(pooled)
 
 
 class ModifiedResNet(nn.Module):
@@ -89,6 +95,7 @@ class ModifiedResNet(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AvgPool2d(2)
+        self.recompute = False
 
         channels = [width, *(width * 2**stage * Bottleneck.expansion for stage in range(4))]
         self.layer1 = self._stage(channels[0], width, layers[0], stride=1)
@@ -109,5 +116,6 @@ class ModifiedResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.relu(self.bn2(self.conv2(x)))
         x = self.avgpool(self.relu(self.bn3(self.conv3(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = recomputed(stage, x) if self.recompute and self.training else stage(x)
         return self.attnpool(x)

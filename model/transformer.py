@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.recompute import recomputed
+
 
 class QuickGELU(nn.Module):
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with (Hendrycks & Gimpel 2016, section 2)."""
@@ -36,6 +38,18 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
+    def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+        """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
+        width = x.shape[2]
+        row = x[torch.arange(len(x), device=x.device), positions]
+        q = F.linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        q = q.unflatten(-1, (self.heads, -1))[:, :, None]  # [batch, heads, 1, 64]
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        is_seen = torch.arange(x.shape[1], device=x.device) <= positions[:, None] if causal else None
+        mask = None if is_seen is None else is_seen[:, None, None]
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1))
+
 
 class MLP(nn.Module):
     """Two linear layers, four times as wide between them."""
@@ -64,19 +78,33 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x), causal=causal)
         return x + self.mlp(self.ln_2(x))
 
+    def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+        """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
+        row = x[torch.arange(len(x), device=x.device), positions]
+        row = row + self.attn.forward_at(self.ln_1(x), positions, causal=causal)
+        return row + self.mlp(self.ln_2(row))
+
 
 class Transformer(nn.Module):
-    """A stack of blocks; `causal` lets each position see only itself and those before it."""
+    """A stack of blocks; `causal` lets each position see only itself and those before it.
+
+    Takes [batch, length, width] and returns row `positions` [batch] of each sequence, [batch, width]: the last block
+    computes no other.
+    """
 
     def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
+        self.recompute = False
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, causal=self.causal)
-        return x
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for block in self.resblocks[:-1]:
+            if self.recompute and self.training:
+                x = recomputed(block, x, causal=self.causal)
+            else:
+                x = block(x, causal=self.causal)
+        return self.resblocks[-1].forward_at(x, positions, causal=self.causal)
 
 
 class VisionTransformer(nn.Module):
@@ -103,5 +131,5 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [batch, num_patches, width]
         class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return self.ln_post(self.transformer(self.ln_pre(x), first)) @ self.proj

@@ -91,6 +91,7 @@ def infer_config(state_dict: Mapping[str, Tensor], source: str | Path) -> CLIPCo
             "transformer_heads": max(1, text_width // 64),
             "transformer_layers": _count(state_dict, "transformer.resblocks."),
             "name": "read from the weights",
+            "logit_bias": "logit_bias" in state_dict,
         }
         if "visual.proj" in state_dict:
             patch_size = state_dict["visual.conv1.weight"].shape[-1]
@@ -155,8 +156,9 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         key = key.removeprefix("module.")
         if key not in NOT_WEIGHTS and isinstance(value, Tensor):
             state_dict[key] = value.float() if value.is_floating_point() else value
-    if "logit_scale" in state_dict:
-        state_dict["logit_scale"] = state_dict["logit_scale"].reshape(())  # open_clip's may be [1]
+    for key in ("logit_scale", "logit_bias"):
+        if key in state_dict:
+            state_dict[key] = state_dict[key].reshape(())  # open_clip's may be [1]
     return state_dict
 
 

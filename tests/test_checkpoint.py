@@ -16,7 +16,8 @@ def make_state() -> TrainState:
     model = CLIP(TINY)
     preprocessing = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     configs = {"model": to_plain(TINY), "trainer": to_plain(load_train_config()), "dataloader": preprocessing}
-    return TrainState(model, build_optimizer(model, load_train_config().optimizer), configs, epoch=3, global_step=120)
+    optimizer = build_optimizer(model, load_train_config().optimizer)
+    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), configs, epoch=3, global_step=120)
 
 
 def test_a_checkpoint_has_the_references_name_and_keys_and_explains_itself(tmp_path: Path):

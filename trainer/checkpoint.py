@@ -19,6 +19,7 @@ class TrainState:
 
     model: CLIP
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of fp16's gradients; does nothing in any other precision
     configs: dict[str, Any]  # of all three packages, as plain values
     epoch: int = 0  # the one under way, counted from 0
     global_step: int = 0  # optimizer steps done
@@ -42,6 +43,7 @@ def save_checkpoint(directory: Path, state: TrainState) -> None:
         "global_step": state.global_step,
         "model_state_dict": state.model.state_dict(),
         "optimizer_state_dict": state.optimizer.state_dict(),
+        "scaler_state_dict": state.scaler.state_dict(),
         "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         "configs": state.configs,
     }

@@ -51,6 +51,12 @@ class TrainConfig:
     num_train_epochs: int
     gradient_accumulation_steps: int
     seed: int
+    loss: Literal["softmax", "sigmoid"]
+    accumulation: Literal["plain", "contrastive"]
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+    compile: bool
+    sync_batchnorm: bool
+    activation_checkpointing: bool
     optimizer: OptimizerConfig
     warmup_share: float  # of all optimizer steps, in [0, 1]
     logging_steps: int

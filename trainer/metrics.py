@@ -11,6 +11,7 @@ from torch import Tensor
 from dataloader.data_loaders import TrainLoader
 from trainer.checkpoint import TrainState
 from trainer.optim import gradient_norm
+from trainer.parallel import Runtime
 from trainer.plan import RunPlan
 from utils.logger import RunLogger, duration
 
@@ -20,10 +21,11 @@ MUCH_WAITING = 0.1  # of the time: caching the images is then worth its space
 class StepMeter:
     """Means of the losses' scalars, speed and memory between two rows of the log."""
 
-    def __init__(self, logger: RunLogger, loader: TrainLoader, plan: RunPlan) -> None:
+    def __init__(self, logger: RunLogger, loader: TrainLoader, plan: RunPlan, runtime: Runtime) -> None:
         self.logger = logger
         self.loader = loader
         self.plan = plan
+        self.runtime = runtime
         self.has_told_time = False
         self.logger.start_bar(plan.total_steps)
         self._restart(step=0)
@@ -46,11 +48,14 @@ class StepMeter:
         self.logger.advance_bar()
 
     def report(self, state: TrainState) -> None:
-        """Log one row of means since the last. Reading the values off the device is the loop's only sync."""
+        """Log one row of means since the last. Reading the values off the device is the loop's only sync.
+
+        Every process calls it: losses and accuracies are the means over all of them.
+        """
         scalars = {name: total / self.num_updates for name, total in self.sums.items()}
         scalars["logit_scale"] = state.model.logit_scale.detach().exp()
         scalars["grad_norm"] = gradient_norm(state.model)
-        values = torch.stack(list(scalars.values())).tolist()
+        values = self.runtime.mean(torch.stack(list(scalars.values()))).tolist()
         seconds = time.perf_counter() - self.start
         num_steps = state.global_step - self.first_step
         row = {"step": state.global_step, "epoch": state.epoch, **dict(zip(scalars, values, strict=True))}

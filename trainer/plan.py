@@ -16,7 +16,8 @@ from utils.errors import UserError
 class RunPlan:
     """The steps of a run. A step is one optimizer update, of `pairs_per_step` image-text pairs."""
 
-    batch_size: int  # pairs in one loss, over all devices
+    batch_size: int  # pairs that this process sees at once, over all its devices
+    contrast_size: int  # pairs in one loss
     pairs_per_step: int
     steps_per_epoch: int
     total_steps: int
@@ -48,16 +49,19 @@ def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan
     Raises UserError if the images do not fill one step.
     """
     batch_size = config.per_gpu_train_batch_size * runtime.num_devices
-    pairs_per_step = batch_size * config.gradient_accumulation_steps
+    global_batch_size = batch_size * runtime.world_size
+    pairs_per_step = global_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = num_images // pairs_per_step
     if steps_per_epoch == 0:
+        smaller = max(2, num_images // (2 * runtime.num_devices * runtime.world_size))
         raise UserError(
             f"the {num_images} training images do not fill one step of {pairs_per_step} pairs; "
-            f"use a smaller batch, e.g. --batch_size {max(2, num_images // (2 * runtime.num_devices))}"
+            f"use a smaller batch, e.g. --batch_size {smaller}"
         )
     total_steps = steps_per_epoch * config.num_train_epochs
     return RunPlan(
         batch_size=batch_size,
+        contrast_size=pairs_per_step if config.accumulation == "contrastive" else global_batch_size,
         pairs_per_step=pairs_per_step,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
@@ -66,9 +70,14 @@ def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan
     )
 
 
-def make_folders(output_dir: Path, config: TrainConfig) -> RunFolders:
-    """Create the run's folders. Raises UserError if they cannot be written, or hold another run's checkpoints."""
+def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime) -> RunFolders:
+    """Create the run's folders, in its main process.
+
+    Raises UserError if they cannot be written, or hold another run's checkpoints.
+    """
     folders = RunFolders(output_dir / config.saved_checkpoints, output_dir / config.logs)
+    if not runtime.is_main:
+        return folders
     earlier = sorted(folders.checkpoints.glob("checkpoint_*_*.pt"))
     if earlier:
         raise UserError(
@@ -93,9 +102,12 @@ def describe_run(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     batch = f"{config.per_gpu_train_batch_size} pairs"
     if runtime.num_devices > 1:
-        batch += f" x {runtime.num_devices} GPUs = {plan.batch_size} in each loss"
+        batch += f" x {runtime.num_devices} GPUs"
+    if runtime.world_size > 1:
+        batch += f" x {runtime.world_size} processes"
     if config.gradient_accumulation_steps > 1:
         batch += f", x {config.gradient_accumulation_steps} accumulated = {plan.pairs_per_step} a step"
+    batch += f", {plan.contrast_size} in each loss"
     optimizer = config.optimizer
     rows = {
         "data": train_set.describe(),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from tqdm import tqdm
 class RunLogger:
     """Lines to the terminal and `training_logs.txt`, rows to `metrics.jsonl`, and a bar over the run's steps."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, quiet: bool = False) -> None:
+        """Open the files in `directory`; `quiet`, for all processes but the main one, tells and writes nothing."""
+        self.quiet = quiet
         self.metrics_file = directory / "metrics.jsonl"
-        self._metrics = self.metrics_file.open("w", encoding="utf-8")
-        self._text = logging.FileHandler(directory / "training_logs.txt", encoding="utf-8")
+        self._metrics = (Path(os.devnull) if quiet else self.metrics_file).open("w", encoding="utf-8")
+        self._text = logging.FileHandler(os.devnull if quiet else directory / "training_logs.txt", encoding="utf-8")
         self._text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._bar = tqdm(disable=True)
 
@@ -37,7 +40,7 @@ class RunLogger:
 
     def start_bar(self, total_steps: int) -> None:
         """Draw a bar of optimizer steps, where there is a terminal to draw it on."""
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=None)
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=True if self.quiet else None)
 
     def advance_bar(self) -> None:
         """Move the bar by one step."""
@@ -69,8 +72,9 @@ class RunLogger:
         self._text.emit(logging.LogRecord("train", level, "", 0, message, None, None))
 
     def _print(self, message: str) -> None:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        if not self.quiet:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
