@@ -104,3 +104,16 @@ def test_too_many_unreadable_images_are_refused(tmp_path: Path):
 def test_a_gpu_cache_without_a_gpu_is_one_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="there is no GPU"):
         make_loader(make_captions(tmp_path), tmp_path / "cache", "pixels", cache_device="gpu")
+
+
+@pytest.mark.parametrize("augmentation", ["reference", "standard"])
+def test_a_cache_that_the_device_holds_gives_the_same_batches(tmp_path: Path, augmentation):
+    files = make_captions(tmp_path)
+    held, read = (make_loader(files, tmp_path / "cache", "pixels", augmentation=augmentation) for _ in range(2))
+    dataset = held.loader.dataset  # what TrainLoader does where there is a GPU with room
+    held.resident, dataset.source = dataset.source.copy_to(torch.device("cpu")), None
+    held.leaves_squares = True
+    for batch, expected in zip(held, read, strict=True):
+        assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.tokens, expected.tokens)
+        torch.testing.assert_close(batch.images, expected.images, atol=0.03, rtol=0)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)

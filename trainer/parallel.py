@@ -52,11 +52,16 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let one process a machine do what the others then find done."""
-        if self.world_size > 1 and self.local_rank > 0:
-            dist.barrier()
+        """Let the main process do what the others then find done; then one a machine, whose disk may be another."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self._meet()
         yield
-        if self.world_size > 1 and self.local_rank == 0:
+        for _ in range(2 - turn):
+            self._meet()
+
+    def _meet(self) -> None:
+        if self.world_size > 1:
             dist.barrier()
 
     def mean(self, values: Tensor) -> Tensor:
@@ -113,7 +118,7 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     if precision in ("tf32", "fp16") and device.type != "cuda":
         raise UserError(f"precision {precision} needs a GPU; use fp32")
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
 
 
