@@ -72,7 +72,8 @@ class Runtime:
         return values
 
     def close(self) -> None:
-        """Leave the other processes."""
+        """Leave the other processes, when all are done."""
+        self._meet()
         if self.world_size > 1:
             dist.destroy_process_group()
 
