@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from dataloader.config import DataConfig
 from dataloader.images import resize_and_crop
@@ -40,15 +39,18 @@ class Augmentation:
         return F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
 
     def crop_squares(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Take squares, uint8 [batch, 3, side, side], to float32 [batch, 3, size, size] in 0..255 where they lie.
+        """Take squares, uint8 [batch, 3, side, side], to [batch, 3, size, size] in 0..255 where they lie.
 
-        For GPUs, which do in a moment what `crop` does to one image after the other; not rounded, else the same.
+        For GPUs, which do in a moment what `crop` does to one image after the other: float32, not rounded, else the
+        same. Squares that are of `size` already come back as they are.
         """
         side = images.shape[-1]
         if not self.is_random:
             if side == self.size:
                 return images
             return F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
+        from torchvision.ops import roi_align  # here, since importing torchvision takes over a second
+
         top, left, height, width = crop_boxes(draws, side, side, self.crop_scale)
         boxes = np.stack([np.arange(len(draws)), left, top, left + width, top + height], axis=1)
         boxes = torch.from_numpy(boxes).float().to(images.device, non_blocking=True)

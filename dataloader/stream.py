@@ -36,7 +36,6 @@ class ShardStream:
             raise UserError("format stream needs a package more: pip install webdataset") from None
         self.urls = webdataset.shardlists.expand_urls(urls)
         self.num_shards = len(self.urls)
-        self.missing: list[str] = []
         sizes = Path(urls).parent / "sizes.json"
         if num_images is None and sizes.is_file():
             counts = json.loads(sizes.read_bytes())
