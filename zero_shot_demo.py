@@ -12,11 +12,11 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from dataloader.images import find_images, load_image
 from model import load_clip
 from trainer.evaluation import encode_sources
 from trainer.parallel import default_device
 from utils.errors import run_script
+from utils.images import find_images, load_image
 from utils.plots import plot_predictions, plot_similarity
 from utils.zero_shot import CIFAR100_FILE, TEMPLATE, build_classifier, encode_texts, read_class_names
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataloader.config import DataConfig
-from dataloader.images import resize_and_crop
+from utils.images import resize_and_crop
 
 # The columns of a sample's random numbers.
 CAPTION, AREA, ASPECT, TOP, LEFT, FLIP, BRIGHTNESS, CONTRAST, SATURATION = range(9)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 
-from dataloader.images import list_images
 from dataloader.shards import Shards
 from utils.errors import UserError
+from utils.images import list_images
 
 COCO_STEPS = """
 To fetch MS-COCO (19 GB of images) into data/mscoco, where data_config.yaml expects it:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataloader.images import IMAGE_SUFFIXES, list_images
 from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES, list_images
 
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
 NUMBERED_FOLDER = re.compile(r"n\d{8}|\d+")  # WordNet ids (ImageNet), class indices (ImageNetV2)

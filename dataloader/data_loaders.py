@@ -21,7 +21,11 @@ from dataloader.batch import Batch, Failure
 from dataloader.cache import PixelCache, open_cache
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.config import DataConfig
-from dataloader.images import (
+from dataloader.shards import Shards
+from dataloader.stream import ShardStream, StreamDataset
+from dataloader.tables import PackedStrings, TokenTable, random_numbers
+from utils.errors import UserError
+from utils.images import (
     ImageSource,
     UnreadableImageError,
     crop_centre,
@@ -30,10 +34,6 @@ from dataloader.images import (
     read_pixels,
     to_tensor,
 )
-from dataloader.shards import Shards
-from dataloader.stream import ShardStream, StreamDataset
-from dataloader.tables import PackedStrings, TokenTable, random_numbers
-from utils.errors import UserError
 
 MAX_REPLACEMENTS = 100
 BUFFER_BYTES = 3 * 1200 * 1200  # larger photographs are decoded to memory of their own

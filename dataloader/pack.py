@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataloader.captions import CaptionedImage, CaptionSet, read_captions
-from dataloader.images import UnreadableImageError, load_image, plain_jpeg_size, read_pixels, resize_short_side
 from dataloader.shards import MANIFEST_FILE, index_shards, write_index
 from utils.errors import UserError, run_script
+from utils.images import UnreadableImageError, load_image, plain_jpeg_size, read_pixels, resize_short_side
 
 JPEG_QUALITY = 90
 PIXELS_FILE = "pixels.npy"

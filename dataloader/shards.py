@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dataloader.images import UnreadableImageError
 from dataloader.tables import PackedStrings
 from utils.errors import UserError
+from utils.images import UnreadableImageError
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")

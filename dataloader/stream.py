@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
 from dataloader.batch import Batch, Failure
-from dataloader.images import UnreadableImageError, read_pixels
 from dataloader.shards import IMAGE_MEMBERS, texts_of
 from dataloader.tables import random_numbers
 from utils.errors import UserError
+from utils.images import UnreadableImageError, read_pixels
 from utils.tokenizer import get_tokenizer
 
 SHUFFLE_BUFFER = 2000  # samples, of encoded images, in each worker

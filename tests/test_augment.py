@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from dataloader.augment import AREA, ASPECT, BRIGHTNESS, FLIP, NUM_DRAWS, SATURATION, Augmentation, crop_boxes
 from dataloader.config import load_data_config
-from dataloader.images import resize_and_crop
 from dataloader.tables import random_numbers
+from utils.images import resize_and_crop
 
 
 def augmentation(size=32, **changes) -> Augmentation:

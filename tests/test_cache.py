@@ -8,9 +8,9 @@ from PIL import Image
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
-from dataloader.images import load_image, normalize, to_tensor
 from tests.conftest import make_captions
 from utils.errors import UserError
+from utils.images import load_image, normalize, to_tensor
 
 
 def make_loader(files, folder, cache, *, num_workers=0, told=None, size=32, **changes) -> TrainLoader:

@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from dataloader.classification import load_cifar, load_class_folders
-from dataloader.images import find_images
 from utils.errors import UserError
+from utils.images import find_images
 
 
 def write_cifar100(folder: Path, monkeypatch, images: np.ndarray, labels: list[int], classnames: list[str]) -> Path:

@@ -11,10 +11,10 @@ from dataloader.augment import Augmentation
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import CaptionDataset, EpochBatchSampler, ImageLoader, TrainLoader
-from dataloader.images import load_image, normalize, to_tensor
 from dataloader.tables import PackedStrings, TokenTable
 from tests.conftest import make_captions
 from utils.errors import UserError
+from utils.images import load_image, normalize, to_tensor
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from PIL import Image
 
 import train
 import zero_shot_eval
-from dataloader.images import load_image, normalize, to_tensor
 from model import CLIP, load_clip, load_model_config
 from tests.conftest import ROOT, make_captions, run_script, tiny_training_flags
 from tests.test_classification import write_cifar100
+from utils.images import load_image, normalize, to_tensor
 from utils.zero_shot import build_classifier
 
 

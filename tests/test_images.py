@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as TF
 
-from dataloader.images import (
+from utils.images import (
     ORIENTATION_TAG,
     UnreadableImageError,
     load_image,

@@ -14,11 +14,11 @@ from PIL import Image
 from torchvision import transforms
 
 from dataloader.captions import read_captions
-from dataloader.images import UnreadableImageError, read_pixels
 from dataloader.pack import make_spec, pack
 from dataloader.shards import INDEX_FILE, Shards
 from tests.conftest import make_captions
 from utils.errors import UserError
+from utils.images import UnreadableImageError, read_pixels
 from utils.tokenizer import get_tokenizer
 
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from dataloader.batch import Failure
 from dataloader.captions import CaptionSet
 from dataloader.data_loaders import ImageLoader
-from dataloader.images import ImageSource
 from model import TrainedCLIP
+from utils.images import ImageSource
 from utils.retrieval import retrieval_recall
 from utils.zero_shot import encode_images, encode_texts
 
