@@ -4,9 +4,11 @@ python train.py --sample    a small model on drawings it makes itself: minutes o
 python train.py             the reference model on MS-COCO, from the paths in dataloader/data_config.yaml
 python train.py --train_img_dir DIR --train_annotation_file FILE    any captions in COCO's format
 torchrun --nproc_per_node=4 train.py    the same on four GPUs, a process each
+python train.py --resume auto           goes on where the run in this folder was stopped, or begins it
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,17 +20,19 @@ from torch import nn
 from dataloader.batch import Batch
 from dataloader.config import DataConfig, load_data_config
 from dataloader.data_loaders import TrainLoader, open_train_set, open_val_set
+from dataloader.order import EpochBatchSampler
 from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
 from trainer.accumulation import backward_in_chunks
-from trainer.checkpoint import TrainState, checkpoint_path, save_checkpoint
+from trainer.checkpoint import Checkpoints, TrainState, restore
 from trainer.config import TrainConfig, load_train_config
 from trainer.evaluation import describe_recall, evaluate_retrieval
+from trainer.interrupt import STOPPED, Interruption, parse_duration
 from trainer.loss import LOSSES
 from trainer.metrics import StepMeter
-from trainer.optim import build_optimizer, clip_logit_scale, set_lr
+from trainer.optim import BatchNormStatistics, build_optimizer, clip_logit_scale, set_lr, take_step
 from trainer.parallel import Runtime, init_runtime, without_sync, wrap
-from trainer.plan import RunFolders, RunPlan, describe_run, make_folders, make_plan
+from trainer.plan import RunPlan, describe_run, make_folders, make_plan
 from utils.config import parse_override, to_plain
 from utils.errors import UserError, run_script
 from utils.logger import RunLogger
@@ -58,7 +62,21 @@ class Configs(NamedTuple):
     dataloader: DataConfig
 
 
+class Run(NamedTuple):
+    """What the training loop works with, beside the state that it changes."""
+
+    config: TrainConfig
+    plan: RunPlan
+    runtime: Runtime
+    order: EpochBatchSampler
+    batches: Iterator[Batch]
+    meter: StepMeter
+    checkpoints: Checkpoints
+    interruption: Interruption
+
+
 def main(argv: list[str] | None = None) -> None:
+    start = time.monotonic()
     args = parse_args(argv)
     configs = load_configs(args)
     config, data = configs.trainer, configs.dataloader
@@ -70,95 +88,111 @@ def main(argv: list[str] | None = None) -> None:
         train_set, val_set = open_train_set(data), open_val_set(data)
 
     plan = make_plan(train_set.num_images, config, runtime)
-    folders = make_folders(args.output_dir, config, runtime)
-    logger = RunLogger(folders.logs, quiet=not runtime.is_main)
+    folders = make_folders(args.output_dir, config, runtime, resumes=args.resume is not None)
+    logger = RunLogger(folders.logs, goes_on=args.resume is not None, quiet=not runtime.is_main)
+    checkpoints = Checkpoints(folders.checkpoints, config, runtime, logger)
 
+    model = CLIP(configs.model).to(runtime.device, memory_format=torch.channels_last)
+    if config.activation_checkpointing:
+        model.recompute_activations()
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    state = TrainState(model, build_optimizer(model, config.optimizer), scaler, to_plain(configs))
+    checkpoint = runtime.from_main(lambda: checkpoints.find(args.resume))
+    if checkpoint:
+        restore(state, checkpoint, runtime, logger.info)
+    logger.drop_rows_after(state.global_step)
+
+    order = EpochBatchSampler(
+        train_set.num_images,
+        batch_size=plan.batch_size,
+        num_epochs=config.num_train_epochs,
+        seed=config.seed,
+        batches_per_step=config.gradient_accumulation_steps,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        start_epoch=state.epoch,
+        start_sample=state.sample,
+    )
+    plan = plan.resumed(state.global_step, order.num_steps)
     with runtime.main_first():
         loader = TrainLoader(
             train_set,
             data,
+            order,
             image_size=configs.model.image_resolution,
             context_length=configs.model.context_length,
-            batch_size=plan.batch_size,
-            batches_per_epoch=plan.steps_per_epoch * config.gradient_accumulation_steps,
-            num_epochs=config.num_train_epochs,
             num_workers=config.num_workers,
-            seed=config.seed,
             device=runtime.device,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
             tell=logger.info,
             warn=logger.warning,
         )
-    model = CLIP(configs.model).to(runtime.device, memory_format=torch.channels_last)
-    if config.activation_checkpointing:
-        model.recompute_activations()
     parallel_model = wrap(model, runtime, config)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    state = TrainState(model, build_optimizer(model, config.optimizer), scaler, to_plain(configs))
 
     logger.info(describe_run(plan, config, runtime, model, train_set))
     logger.log_config(state.configs)
-    meter = StepMeter(logger, loader, plan, runtime)
-    batches = iter(loader)
-    for epoch in range(config.num_train_epochs):
-        state.epoch = epoch
-        train_one_epoch(state, parallel_model, batches, plan, config, runtime, meter, folders)
+    meter = StepMeter(state, logger, loader, checkpoints, plan, config, runtime)
+    with Interruption(args.time_limit, start) as interruption:
+        run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption)
+        while state.epoch < config.num_train_epochs and not interruption.reason:
+            train_one_epoch(state, parallel_model, run)
     logger.close_bar()
 
-    if runtime.is_main:
+    if interruption.reason:
+        logger.info(f"stopped by {interruption.reason} after step {state.global_step}; go on with --resume auto")
+    elif runtime.is_main:
         curve = plot_loss_curve(logger.metrics_file, folders.logs / "loss_curve.png", batch_size=plan.contrast_size)
-        logger.info(f"saved {checkpoint_path(folders.checkpoints, state)}\ndrew {curve}")
-    if runtime.is_main and val_set:
-        clip = TrainedCLIP(model, data.image_mean, data.image_std)
-        recalls = evaluate_retrieval(
-            clip, val_set, batch_size=config.per_gpu_eval_batch_size, num_workers=config.num_workers
-        )
-        logger.info(describe_recall(recalls, val_set))
-    runtime.close()
+        logger.info(f"saved {checkpoints.saved}\ndrew {curve}")
+        if val_set:
+            clip = TrainedCLIP(model, data.image_mean, data.image_std)
+            recalls = evaluate_retrieval(
+                clip, val_set, batch_size=config.per_gpu_eval_batch_size, num_workers=config.num_workers
+            )
+            logger.info(describe_recall(recalls, val_set))
+    folders.leave()
+    runtime.close(STOPPED if interruption.reason else 0)
 
 
-def train_one_epoch(
-    state: TrainState,
-    parallel_model: nn.Module,
-    batches: Iterator[Batch],
-    plan: RunPlan,
-    config: TrainConfig,
-    runtime: Runtime,
-    meter: StepMeter,
-    folders: RunFolders,
-) -> None:
-    """Show the model every image once, with one of its captions, and update it after each `pairs_per_step` pairs."""
+def train_one_epoch(state: TrainState, parallel_model: nn.Module, run: Run) -> None:
+    """Show the model every image that is left of the epoch, with one of its captions, and update it step by step."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    config, plan, meter = run.config, run.plan, run.meter
     loss_fn = LOSSES[config.loss]
     num_micro_batches = config.gradient_accumulation_steps
+    statistics = BatchNormStatistics(model)
     parallel_model.train()
-    for _ in range(plan.steps_per_epoch):
+    for _ in range(run.order.steps_left(state.epoch, state.sample)):
         set_lr(optimizer, plan.lr(state.global_step))
         optimizer.zero_grad()
+        statistics.keep()
 
-        micro_batches = islice(batches, num_micro_batches)
+        micro_batches = islice(run.batches, num_micro_batches)
         if config.accumulation == "contrastive":
-            meter.update(backward_in_chunks(model, parallel_model, list(micro_batches), loss_fn, scaler))
+            chunks = list(micro_batches)
+            scalars = backward_in_chunks(model, parallel_model, chunks, loss_fn, scaler)
+            meter.update(state, scalars, torch.cat([chunk.indices for chunk in chunks]))
         else:
             for number, batch in enumerate(micro_batches, start=1):
                 with without_sync(parallel_model, is_last=number == num_micro_batches):
                     image_features, text_features = parallel_model(batch.images, batch.tokens)  # [batch, embed_dim]
                     loss, scalars = loss_fn(image_features, text_features, model.logit_scale.exp(), model.logit_bias)
                     scaler.scale(loss / num_micro_batches).backward()
-                meter.update(scalars)
+                meter.update(state, scalars, batch.indices)
 
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
+        grad_norm, is_skipped = take_step(model, optimizer, scaler, statistics, config.max_grad_norm)
         clip_logit_scale(model.logit_scale)
         state.global_step += 1
+        state.sample += plan.pairs_per_step
+        meter.end_step(state, grad_norm, is_skipped)
 
+        stops = run.interruption.is_due(run.runtime, run.checkpoints.expected_seconds(state))
         if plan.is_due(config.logging_steps, state.global_step):
             meter.report(state)
-        if runtime.is_main and plan.is_due(config.save_steps, state.global_step):
-            save_checkpoint(folders.checkpoints, state)
-        meter.end_step()
+        if stops or plan.is_due(config.save_steps, state.global_step):
+            meter.check(state)
+            run.checkpoints.save(state)
+        if stops:
+            return
+    state.epoch, state.sample = state.epoch + 1, 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -176,6 +210,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="where checkpoints and logs go (default: here; sample_run)",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from a checkpoint; auto: from the newest in --output_dir, if there is one",
+    )
+    parser.add_argument(
+        "--time_limit", type=parse_duration, metavar="TIME", help="save and stop before it: 90m, 11.5h or 11:30:00"
     )
     parser.add_argument(
         "--set",

@@ -34,6 +34,7 @@ from dataloader.augment import Augmentation
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
+from dataloader.order import EpochBatchSampler
 from dataloader.pack import make_spec, pack
 from dataloader.stream import ShardStream, StreamDataset
 from utils.errors import UserError, run_script
@@ -59,9 +60,9 @@ def read_data(args: argparse.Namespace) -> CaptionSet:
 
 def make_loader(data: CaptionSet, cache_dir: Path, num_workers: int = 0, **changes: object) -> TrainLoader:
     config = load_data_config(list({"cache_dir": str(cache_dir), **changes}.items()))
+    order = EpochBatchSampler(data.num_images, batch_size=BATCH_SIZE, num_epochs=10_000, seed=0)
     return TrainLoader(
-        data, config, image_size=SIZE, context_length=77, batch_size=BATCH_SIZE,
-        batches_per_epoch=data.num_images // BATCH_SIZE, num_epochs=10_000, num_workers=num_workers, seed=0,
+        data, config, order, image_size=SIZE, context_length=77, num_workers=num_workers,
         device=torch.device("cpu"), tell=print, warn=print,
     )  # fmt: skip
 
@@ -107,7 +108,8 @@ def streaming(shards: str, num_images: int) -> Callable[[], int]:
     """Return a row that reads the shards through `webdataset`."""
     augmentation = Augmentation(load_data_config(), SIZE)
     stream = ShardStream(shards, num_images)
-    batches = iter(StreamDataset(stream, augmentation, batch_size=BATCH_SIZE, context_length=77, seed=0))
+    order = EpochBatchSampler(num_images, batch_size=BATCH_SIZE, num_epochs=10_000, seed=0)
+    batches = iter(StreamDataset(stream, augmentation, order, context_length=77))
     return lambda: len(next(batches).images)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dataloader.captions import CaptionedImage, CaptionSet
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
+from dataloader.order import EpochBatchSampler
 from utils.errors import run_script
 
 BATCH_SIZE = 250
@@ -46,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
             CaptionedImage(number, files[number % 20], tuple(f"caption {k} of image number {number}" for k in range(5)))
             for number in range(args.num_images)
         ]
+        order = EpochBatchSampler(args.num_images, batch_size=BATCH_SIZE, num_epochs=3, seed=0)
         loader = TrainLoader(
-            CaptionSet(images, []), load_data_config(), image_size=16, context_length=77, batch_size=BATCH_SIZE,
-            batches_per_epoch=args.num_images // BATCH_SIZE, num_epochs=3, num_workers=0, seed=0,
+            CaptionSet(images, []), load_data_config(), order, image_size=16, context_length=77, num_workers=0,
             device=torch.device("cpu"), tell=print, warn=print,
         ).loader  # fmt: skip
         loader = DataLoader(

@@ -1,14 +1,11 @@
-"""Batches for training and evaluation.
+"""Batches for training.
 
 Everything random about a training sample is drawn from (seed, epoch, index), so that the number of workers and of
 devices never changes the data.
 """
 
-import gc
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -21,18 +18,18 @@ from dataloader.batch import Batch, Failure
 from dataloader.cache import PixelCache, open_cache
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.config import DataConfig
-from dataloader.shards import Shards
+from dataloader.order import EpochBatchSampler
+from dataloader.shards import name_of
 from dataloader.stream import ShardStream, StreamDataset
 from dataloader.tables import PackedStrings, TokenTable, random_numbers
+from dataloader.workers import start_worker, usable_workers
 from utils.errors import UserError
 from utils.images import (
     ImageSource,
     UnreadableImageError,
     crop_centre,
-    load_image,
     normalize,
     read_pixels,
-    to_tensor,
 )
 
 MAX_REPLACEMENTS = 100
@@ -94,47 +91,10 @@ class CaptionDataset(Dataset):
                 image = read_pixels(self.source[index], self.side or self.augmentation.size, self.buffer)
                 return crop_centre(image, self.side) if self.side else image
             except UnreadableImageError as error:
-                failures.append(Failure(_name(self.source, index), str(error)))
+                failures.append(Failure(name_of(self.source, index), str(error)))
                 rng = rng or np.random.default_rng((self.seed, epoch, index))
                 indices[row] = rng.integers(len(self.source))
         return None  # so many failures are over every allowed share: `TrainLoader` ends the run before this is used
-
-
-class EpochBatchSampler:
-    """Batches of (epoch, index) for a whole run: each epoch a new permutation, cut to `batches_per_epoch`.
-
-    One stream for all epochs, so that the workers read on where one ends and the next begins. Of `world_size`
-    processes each takes its own part of a batch of batch_size * world_size.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        batch_size: int,
-        batches_per_epoch: int,
-        num_epochs: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.batches_per_epoch = batches_per_epoch
-        self.num_epochs = num_epochs
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-
-    def __len__(self) -> int:
-        return self.num_epochs * self.batches_per_epoch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in range(self.num_epochs):
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-            for batch in range(self.batches_per_epoch):
-                start = (batch * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
 class TrainLoader:
@@ -148,24 +108,19 @@ class TrainLoader:
         self,
         train_set: CaptionSet | ShardStream,
         config: DataConfig,
+        order: EpochBatchSampler,
         *,
         image_size: int,
         context_length: int,
-        batch_size: int,
-        batches_per_epoch: int,
-        num_epochs: int,
         num_workers: int,
-        seed: int,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
         tell: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
         self.augmentation = Augmentation(config, image_size)
         self.mean, self.std = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
         self.device = device
-        self.num_batches = num_epochs * batches_per_epoch
+        self.num_batches = len(order)
         self.max_unreadable = config.max_unreadable_share * train_set.num_images
         self.unreadable: set[str] = set()
         self.warn = warn
@@ -173,14 +128,20 @@ class TrainLoader:
         self.resident: Tensor | None = None  # the pixel cache, where the device holds it
         self.leaves_squares = False  # a GPU crops what is packed; without one, the workers do
         self.advice = ""  # to a run that waits for its data
-        num_workers = _usable_workers(num_workers)
-        common = {"pin_memory": device.type == "cuda", "worker_init_fn": _freeze}
+        self.image_ids: Sequence[int | str] = ()  # by a batch's indices; a stream has none
+        num_workers = usable_workers(num_workers)
+        # with a generator of its own the loader does not draw from torch's, whose state a checkpoint keeps
+        common = {
+            "generator": torch.Generator().manual_seed(order.seed),
+            "pin_memory": device.type == "cuda",
+            "worker_init_fn": start_worker,
+        }
 
         if isinstance(train_set, ShardStream):
-            stream = StreamDataset(
-                train_set, self.augmentation, batch_size=batch_size, context_length=context_length, seed=seed, rank=rank
-            )
-            num_workers = min(num_workers, train_set.num_shards // world_size)
+            if order.start_epoch or order.start_sample:
+                tell("a stream cannot be resumed at its place: from here its shards come in a new order")
+            stream = StreamDataset(train_set, self.augmentation, order, context_length=context_length)
+            num_workers = min(num_workers, train_set.num_shards // order.world_size)
             self.loader = DataLoader(stream, batch_size=None, num_workers=num_workers, **common)
             return
 
@@ -190,6 +151,7 @@ class TrainLoader:
             self.advice = f"--set dataloader.cache=pixels would save it, with {gib:.1f} GiB in {config.cache_dir}"
         if config.cache != "none":
             train_set, source = open_cache(train_set, config, image_size=image_size, num_workers=num_workers, tell=tell)
+        self.image_ids = [image.image_id for image in train_set.images]
         tokens_file = None if config.cache == "none" else source.folder / "tokens.npz"
         tokens = TokenTable([image.captions for image in train_set.images], context_length, tokens_file)
         self.leaves_squares = device.type == "cuda" and getattr(source, "side", None) is not None
@@ -197,19 +159,8 @@ class TrainLoader:
             source = PackedStrings(image.path for image in train_set.images)
         if isinstance(source, PixelCache) and _fits_on(device, source, config.cache_device):
             self.resident, source = source.copy_to(device), None
-        dataset = CaptionDataset(source, tokens, self.augmentation, seed=seed, leaves_squares=self.leaves_squares)
-        sampler = EpochBatchSampler(
-            train_set.num_images,
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            num_epochs=num_epochs,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        self.loader = DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, **common
-        )
+        dataset = CaptionDataset(source, tokens, self.augmentation, seed=order.seed, leaves_squares=self.leaves_squares)
+        self.loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, num_workers=num_workers, **common)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = islice(self.loader, self.num_batches)
@@ -269,85 +220,8 @@ def open_val_set(config: DataConfig) -> CaptionSet | None:
     return read_captions(config.val_img_dir, config.val_annotation_file, split="val", csv_columns=columns)
 
 
-class ImageDataset(Dataset):
-    """Preprocessed images by index, each decoded in full: what is measured on them compares with other tools."""
-
-    def __init__(self, sources: Sequence[ImageSource], image_size: int) -> None:
-        self.sources = sources
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | Failure]:
-        try:
-            return index, to_tensor(load_image(self.sources[index], self.image_size))
-        except UnreadableImageError as error:
-            return index, Failure(_name(self.sources, index), str(error))
-
-
-class ImageLoader:
-    """Images to evaluate, in order, batched and normalized on `device`. What cannot be read is in `failures`.
-
-    Iterates over (indices int64 [batch], images float32 [batch, 3, size, size]): an index is a position in `sources`.
-    Raises UserError if nothing can be read.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[ImageSource],
-        *,
-        image_size: int,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        batch_size: int,
-        num_workers: int,
-        device: torch.device,
-    ) -> None:
-        self.loader = DataLoader(
-            ImageDataset(sources, image_size),
-            batch_size=batch_size,
-            collate_fn=_collate_images,
-            num_workers=_usable_workers(num_workers) if len(sources) > batch_size else 0,
-            pin_memory=device.type == "cuda",
-        )
-        self.normalize = partial(normalize, mean=image_mean, std=image_std)
-        self.device = device
-        self.failures: list[Failure] = []
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.failures = []
-        for indices, images, failures in self.loader:
-            self.failures += failures
-            if len(indices):
-                yield indices.to(self.device), self.normalize(images.to(self.device, non_blocking=True))
-        if len(self.failures) == len(self.loader.dataset):
-            path, reason = self.failures[0]
-            raise UserError(f"{path}: cannot be read as an image ({reason}); no other image is left")
-
-
-def _collate_images(items: Sequence[tuple[int, Tensor | Failure]]) -> tuple[Tensor, Tensor, list[Failure]]:
-    readable = [(index, image) for index, image in items if isinstance(image, Tensor)]
-    indices = torch.tensor([index for index, _ in readable], dtype=torch.int64)
-    images = torch.stack([image for _, image in readable]) if readable else torch.empty(0, dtype=torch.uint8)
-    return indices, images, [item for _, item in items if isinstance(item, Failure)]
-
-
-def _name(sources: Sequence[ImageSource], index: int) -> str:
-    """Return what a message calls an image."""
-    return sources.name(index) if isinstance(sources, Shards) else str(sources[index])
-
-
 def _as_it_is(batch: Batch) -> Batch:
     return batch
-
-
-def _freeze(worker_id: int) -> None:
-    """Keep the garbage collector off the parent's objects, whose pages it would copy into each worker."""
-    gc.freeze()
 
 
 def _fits_on(device: torch.device, cache: PixelCache, wanted: str) -> bool:
@@ -357,8 +231,3 @@ def _fits_on(device: torch.device, cache: PixelCache, wanted: str) -> bool:
             raise UserError("data_config.yaml: cache_device is gpu, and there is no GPU; set it to auto or cpu")
         return False
     return wanted == "gpu" or (wanted == "auto" and cache.num_bytes < torch.cuda.mem_get_info(device)[0] / 2)
-
-
-def _usable_workers(num_workers: int) -> int:
-    """Return at most as many workers as there are cores; more only get in each other's way."""
-    return min(num_workers, os.cpu_count() or 1)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dataloader.tables import PackedStrings
 from utils.errors import UserError
-from utils.images import UnreadableImageError
+from utils.images import ImageSource, UnreadableImageError
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
@@ -194,3 +194,8 @@ def texts_of(content: Mapping[str, bytes], key: str) -> tuple[int | str, list[st
     captions = [caption for caption in captions if isinstance(caption, str) and caption.strip()]
     image_id = record.get("image_id", key)
     return image_id if isinstance(image_id, (int, str)) else key, captions
+
+
+def name_of(sources: Sequence[ImageSource], index: int) -> str:
+    """Return what a message calls an image."""
+    return sources.name(index) if isinstance(sources, Shards) else str(sources[index])

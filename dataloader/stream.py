@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
 from dataloader.batch import Batch, Failure
+from dataloader.order import EpochBatchSampler
 from dataloader.shards import IMAGE_MEMBERS, texts_of
 from dataloader.tables import random_numbers
 from utils.errors import UserError
@@ -56,34 +57,32 @@ class StreamDataset(IterableDataset):
     """Endless batches of a stream: shards in a new order each time round, split by process and worker, then shuffled.
 
     Which worker reads which shard, and so the batches, depends on the number of workers and processes; for a given
-    number, the same seed gives the same batches.
+    number, the same seed and start give the same batches.
     """
 
     def __init__(
         self,
         stream: ShardStream,
         augmentation: Augmentation,
+        order: EpochBatchSampler,
         *,
-        batch_size: int,
         context_length: int,
-        seed: int,
-        rank: int = 0,
     ) -> None:
         self.urls = stream.urls
         self.augmentation = augmentation
-        self.batch_size = batch_size
+        self.batch_size = order.batch_size
         self.context_length = context_length
-        self.seed = seed
-        self.rank = rank
+        self.seed = (order.seed, order.start_epoch, order.start_sample, order.rank)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        source = 1000 * self.rank + (0 if worker is None else worker.id)  # whose random numbers
-        samples = self._samples(source)
+        rng = np.random.default_rng((*self.seed, 0 if worker is None else worker.id))
+        own_seed = int(rng.integers(2**31))
+        samples = self._samples(rng)
         indices = np.arange(self.batch_size)
         number = 0
         while True:
-            draws = random_numbers(self.seed + source, number, indices, NUM_DRAWS)
+            draws = random_numbers(own_seed, number, indices, NUM_DRAWS)
             images, captions, failures = [], [], []
             while len(images) < self.batch_size:
                 sample = next(samples)
@@ -105,7 +104,7 @@ class StreamDataset(IterableDataset):
             yield Batch(torch.stack(images).permute(0, 3, 1, 2), tokens, places, draws, failures)
             number += 1
 
-    def _samples(self, source: int) -> Iterator[dict[str, Any]]:
+    def _samples(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         """Yield this worker's samples for ever."""
         import webdataset
 
@@ -114,10 +113,9 @@ class StreamDataset(IterableDataset):
             raise UserError(f"{len(self.urls)} shards are too few for so many processes; use more shards")
 
         def shards() -> Iterator[dict[str, str]]:
-            rng = np.random.default_rng((self.seed, source))
             while True:
                 yield from ({"url": mine[number]} for number in rng.permutation(len(mine)))
 
         read = webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue)
-        shuffle = webdataset.shuffle(SHUFFLE_BUFFER, rng=random.Random(self.seed + source))
+        shuffle = webdataset.shuffle(SHUFFLE_BUFFER, rng=random.Random(int(rng.integers(2**31))))
         return iter(shuffle(read(shards())))

@@ -3,7 +3,7 @@
 The architecture comes from the file: ours store it, from any other it is read off the shapes.
 """
 
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
     unpickled. Raises UserError if the file is missing, is no checkpoint, or its weights make no CLIP.
     """
     path = _find(Path(path))
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     state_dict = _state_dict(checkpoint, path)
     configs = checkpoint.get("configs")
     if isinstance(configs, Mapping):
@@ -73,6 +73,9 @@ def load_weights(model: CLIP, state_dict: Mapping[str, Tensor], source: str | Pa
             f"{source}: its weights do not fit the architecture {model.config.name}: {', '.join(problems)}; "
             "is it a checkpoint of this model?"
         )
+    broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(f"{source}: {len(broken)} of its weights are not finite (first: {broken[0]}); use another one")
     model.load_state_dict(state_dict)
 
 
@@ -126,19 +129,27 @@ def _find(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's dictionary, on the CPU. Nothing but tensors and plain containers is unpickled.
+
+    Of files that tell their `format_version`, as ours do, every record's checksum is compared. Raises UserError.
+    """
     try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"the checkpoint {path} cannot be read ({error.strerror})") from None
-    damage = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, KeyError)
-    try:
-        with file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a strange file is told below, if it matters
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except damage as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+            if isinstance(checkpoint, dict) and "format_version" in checkpoint:
+                damaged = zipfile.ZipFile(file).testzip()
+                if damaged:
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint {path} does not exist; check the path") from None
+    except PermissionError as error:
+        raise UserError(f"the checkpoint {path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # unpickling a file that is no checkpoint raises anything
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise UserError(
-            f"{path}: is not a checkpoint of tensors and plain containers ({reason}); it is damaged, of another "
+            f"{path}: is not a checkpoint of tensors and plain containers ({reason[:200]}); it is damaged, of another "
             "kind, or holds code, which is not run"
         ) from None
     if not isinstance(checkpoint, dict):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataloader.order import EpochBatchSampler
 from model import CLIP, CLIPConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,11 @@ def make_captions(folder: Path, num_images: int = 24, size: tuple[int, int] = (4
     annotation_file = folder / "captions.json"
     annotation_file.write_text(json.dumps({"images": images, "annotations": annotations}))
     return img_dir, annotation_file
+
+
+def make_order(num_images: int, batch_size: int, num_epochs: int = 2, seed: int = 3, **place) -> EpochBatchSampler:
+    """Return the order of the data that the loaders' tests go through."""
+    return EpochBatchSampler(num_images, batch_size=batch_size, num_epochs=num_epochs, seed=seed, **place)
 
 
 @pytest.fixture

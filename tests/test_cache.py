@@ -8,7 +8,7 @@ from PIL import Image
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
-from tests.conftest import make_captions
+from tests.conftest import make_captions, make_order
 from utils.errors import UserError
 from utils.images import load_image, normalize, to_tensor
 
@@ -17,8 +17,8 @@ def make_loader(files, folder, cache, *, num_workers=0, told=None, size=32, **ch
     changes = {"cache": cache, "cache_dir": str(folder), "max_unreadable_share": 0.1, **changes}
     caption_set, told = read_captions(*files), [] if told is None else told
     return TrainLoader(
-        caption_set, load_data_config(list(changes.items())), image_size=size, context_length=77, batch_size=8,
-        batches_per_epoch=caption_set.num_images // 8, num_epochs=2, num_workers=num_workers, seed=3,
+        caption_set, load_data_config(list(changes.items())), make_order(caption_set.num_images, 8), image_size=size,
+        context_length=77, num_workers=num_workers,
         device=torch.device("cpu"), tell=told.append, warn=told.append,
     )  # fmt: skip
 

@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader
 from dataloader.augment import Augmentation
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
-from dataloader.data_loaders import CaptionDataset, EpochBatchSampler, ImageLoader, TrainLoader
+from dataloader.data_loaders import CaptionDataset, TrainLoader
+from dataloader.image_loader import ImageLoader
+from dataloader.order import EpochBatchSampler
 from dataloader.tables import PackedStrings, TokenTable
-from tests.conftest import make_captions
+from tests.conftest import make_captions, make_order
 from utils.errors import UserError
 from utils.images import load_image, normalize, to_tensor
 
@@ -21,15 +23,15 @@ CPU = torch.device("cpu")
 
 
 def make_sampler(num_samples, *, num_epochs=3, seed=1) -> EpochBatchSampler:
-    return EpochBatchSampler(num_samples, batch_size=5, batches_per_epoch=4, num_epochs=num_epochs, seed=seed)
+    return make_order(num_samples, 5, num_epochs, seed)
 
 
 def make_loader(files, *, num_workers=0, seed=3, num_epochs=2, share=0.0, told=None, **changes) -> TrainLoader:
     changes = {"image_mean": MEAN, "image_std": STD, "max_unreadable_share": share, **changes}
-    told = [] if told is None else told
+    caption_set, told = read_captions(*files), [] if told is None else told
     return TrainLoader(
-        read_captions(*files), load_data_config(list(changes.items())), image_size=16, context_length=77,
-        batch_size=5, batches_per_epoch=4, num_epochs=num_epochs, num_workers=num_workers, seed=seed, device=CPU,
+        caption_set, load_data_config(list(changes.items())), make_order(caption_set.num_images, 5, num_epochs, seed),
+        image_size=16, context_length=77, num_workers=num_workers, device=CPU,
         tell=told.append, warn=told.append,
     )  # fmt: skip
 
@@ -52,21 +54,17 @@ def test_every_image_comes_once_an_epoch_over_all_processes_and_workers(tmp_path
     epochs = [Counter(), Counter()]
     orders = []
     for rank in range(world_size):
-        sampler = EpochBatchSampler(
-            24, batch_size=4, batches_per_epoch=24 // (4 * world_size), num_epochs=2, seed=5, rank=rank,
-            world_size=world_size,
-        )  # fmt: skip
+        sampler = make_order(24, 4, rank=rank, world_size=world_size, seed=5)
         tokens = TokenTable([image.captions for image in images], 77)
         source = PackedStrings(image.path for image in images)
         dataset = CaptionDataset(source, tokens, Augmentation(config, 8), seed=5)
         batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda x: x, num_workers=num_workers))
         assert len(batches) == len(sampler)
         for number, batch in enumerate(batches):
-            epochs[number // sampler.batches_per_epoch].update(batch.indices.tolist())
+            epochs[number // (len(sampler) // 2)].update(batch.indices.tolist())
         orders.append([batch.indices.tolist() for batch in batches])
     assert epochs == [Counter(range(24))] * 2
-    size = 4 * world_size
-    whole = EpochBatchSampler(24, batch_size=size, batches_per_epoch=24 // size, num_epochs=2, seed=5)
+    whole = make_order(24, 4 * world_size, seed=5)
     together = [sum(parts, []) for parts in zip(*orders, strict=True)]
     assert together == [[index for _, index in batch] for batch in whole]  # as one process would have it
 

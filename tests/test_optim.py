@@ -7,7 +7,14 @@ from torch import nn
 from model import CLIP
 from tests.conftest import TINY
 from trainer.config import load_train_config
-from trainer.optim import build_optimizer, clip_logit_scale, cosine_warmup_lr, gradient_norm, set_lr
+from trainer.optim import (
+    BatchNormStatistics,
+    build_optimizer,
+    clip_logit_scale,
+    cosine_warmup_lr,
+    set_lr,
+    take_step,
+)
 
 
 def lr(step: int) -> float:
@@ -63,7 +70,39 @@ def test_the_log_temperature_is_kept_between_zero_and_ln_100(value, expected):
     assert logit_scale.item() == pytest.approx(expected) and logit_scale.requires_grad
 
 
-def test_gradient_norm_is_that_of_all_gradients_together():
-    layer = nn.Linear(3, 2)
-    layer.weight.grad, layer.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), 1.0)
-    assert gradient_norm(layer).item() == pytest.approx(math.sqrt(6 * 4 + 2))
+def stepped(gradient: float, max_grad_norm: float | None = None) -> tuple[nn.Module, float, bool]:
+    """Take one step of a layer and a BatchNorm whose gradients are all `gradient`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    statistics = BatchNormStatistics(model)
+    statistics.keep()
+    model(torch.full((4, 3), gradient))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer = build_optimizer(model, load_train_config().optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    grad_norm, is_skipped = take_step(model, optimizer, scaler, statistics, max_grad_norm)
+    return model, grad_norm.item(), bool(is_skipped)
+
+
+def test_the_gradient_norm_is_that_of_all_gradients_together_and_clipping_bounds_it():
+    model, grad_norm, is_skipped = stepped(2.0)
+    assert grad_norm == pytest.approx(math.sqrt(12 * 4)) and not is_skipped
+    assert model[0].weight.grad.max() == 2.0
+    model, grad_norm, _ = stepped(2.0, max_grad_norm=1.0)
+    assert grad_norm == pytest.approx(math.sqrt(12 * 4))
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("gradient", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(gradient, max_grad_norm):
+    torch.manual_seed(0)
+    untouched = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model, _, is_skipped = stepped(gradient, max_grad_norm)
+    assert is_skipped
+    for key, value in untouched.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value) or key.endswith("num_batches_tracked"), key
+    after, _, _ = stepped(1.0)
+    assert not torch.equal(after[1].running_mean, model[1].running_mean)

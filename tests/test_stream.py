@@ -6,6 +6,7 @@ import torch
 
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader, open_train_set
+from tests.conftest import make_order
 from tests.test_shards import jpeg, make_shards, write_tar
 from utils.errors import UserError
 from utils.tokenizer import get_tokenizer
@@ -16,8 +17,8 @@ def stream(urls: object, *, num_workers=0, num_epochs=2, told=None, **changes) -
     config, told = load_data_config(list(changes.items())), [] if told is None else told
     train_set = open_train_set(config)
     return TrainLoader(
-        train_set, config, image_size=32, context_length=77, batch_size=4,
-        batches_per_epoch=train_set.num_images // 4, num_epochs=num_epochs, num_workers=num_workers, seed=3,
+        train_set, config, make_order(train_set.num_images, 4, num_epochs), image_size=32, context_length=77,
+        num_workers=num_workers,
         device=torch.device("cpu"), tell=told.append, warn=told.append,
     )  # fmt: skip
 
@@ -65,5 +66,5 @@ def test_an_unreadable_image_in_a_stream_is_passed_over_and_told(tmp_path: Path)
         members |= {f"{number}.jpg": jpeg((number, 2, 3)) if number != 7 else b"no", f"{number}.txt": b"a thing"}
     write_tar(tmp_path / "0.tar", members)
     told = []
-    batches = list(stream(tmp_path / "0.tar", stream_num_images=20, told=told))
-    assert len(batches) == 10 and len(told) == 1 and "0.tar/7" in told[0]
+    batches = list(stream(tmp_path / "0.tar", stream_num_images=20, num_epochs=10, told=told))
+    assert len(batches) == 50 and len(told) == 1 and "0.tar/7" in told[0]

@@ -1,16 +1,29 @@
-"""Checkpoints: the reference's layout, plus what explains the file and what a resume needs."""
+"""Checkpoints: the reference's layout, plus what explains the file and what an exact resume needs."""
 
 import os
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from model import CLIP
+from model import CLIP, load_weights, read_checkpoint
+from trainer.config import TrainConfig
+from trainer.parallel import Runtime
 from utils.errors import UserError
+from utils.logger import RunLogger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SUFFIX, UNFINISHED, DAMAGED = ".pt", ".tmp", ".damaged"
+CONTENT = {
+    "epoch": int, "sample": int, "global_step": int, "model_state_dict": dict, "optimizer_state_dict": dict,
+    "scaler_state_dict": dict, "rank_states": list, "configs": dict,
+}  # fmt: skip
+BYTES_PER_SECOND = 100e6  # of a slow disk
 
 
 @dataclass
@@ -22,39 +35,202 @@ class TrainState:
     scaler: torch.amp.GradScaler  # of fp16's gradients; does nothing in any other precision
     configs: dict[str, Any]  # of all three packages, as plain values
     epoch: int = 0  # the one under way, counted from 0
+    sample: int = 0  # images of this epoch that were seen, by all processes together
     global_step: int = 0  # optimizer steps done
+    meter: dict[str, Any] = field(default_factory=dict)  # this process's sums since the last row of the log
 
 
-def checkpoint_path(directory: Path, state: TrainState) -> Path:
-    """Return where the checkpoint of this state lies."""
-    return directory / f"checkpoint_{state.epoch}_{state.global_step}.pt"
+class Checkpoints:
+    """The checkpoints of a run: `checkpoint_{epoch}_{global_step}.pt`, the newest `keep_last` of them.
 
-
-def save_checkpoint(directory: Path, state: TrainState) -> None:
-    """Write `checkpoint_{epoch}_{global_step}.pt`.
-
-    The file holds tensors and plain containers only, and gets its name when it is complete: a run killed while
-    saving leaves the earlier checkpoints as they were. Raises UserError if it cannot be written.
+    A file gets its name when it is complete and on the disk: a run killed while saving leaves the earlier ones as
+    they were. Its records carry CRC-32 checksums (zip's), which reading checks.
     """
-    path = checkpoint_path(directory, state)
-    checkpoint = {
+
+    def __init__(self, folder: Path, config: TrainConfig, runtime: Runtime, logger: RunLogger) -> None:
+        self.folder = folder
+        self.keep_last = config.keep_last
+        self.survives_errors = config.save_errors == "continue"
+        self.runtime = runtime
+        self.logger = logger
+        self.saved: Path | None = None  # the newest that this run may be resumed from
+        self.seconds: float | None = None  # that the slowest save took
+        if runtime.is_main:
+            for unfinished in folder.glob(f"checkpoint_*{UNFINISHED}"):
+                unfinished.unlink()
+
+    def files(self) -> list[Path]:
+        """Return the checkpoint files, oldest first."""
+        return list_checkpoints(self.folder)
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, in the main process, and delete those that `keep_last` does not keep.
+
+        Every process calls it. Raises UserError if it cannot be written, or warns where `save_errors` says so.
+        """
+        start = time.perf_counter()
+        rank_states = self.runtime.collect({"rng": _rng_state(), "meter": state.meter})
+        if not self.runtime.is_main:
+            return
+        path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}{SUFFIX}"
+        try:
+            _write(_content(state, rank_states), path)
+        except OSError as error:
+            message = f"the checkpoint {path} cannot be written ({error.strerror or error})"
+            if not self.survives_errors:
+                raise UserError(f"{message}; free the disk or mend it, and go on with --resume auto") from None
+            self.logger.warning(f"{message}; training goes on, and saves again at the next save")
+            return
+        self.saved = path
+        self.seconds = max(self.seconds or 0, time.perf_counter() - start)
+        if self.keep_last:
+            for old in self.files()[: -self.keep_last]:
+                old.unlink(missing_ok=True)
+
+    def expected_seconds(self, state: TrainState) -> float:
+        """Return how long a save takes: the slowest so far, or a guess from the size of the model."""
+        num_bytes = 12 * sum(parameter.numel() for parameter in state.model.parameters())  # weights and two moments
+        return self.seconds or num_bytes / BYTES_PER_SECOND
+
+    def find(self, resume: str | None) -> dict[str, Any] | None:
+        """Read what `--resume` names: None without it, and for `auto` where nothing has been saved yet.
+
+        `auto` takes the newest checkpoint, and puts aside those that are damaged. Raises UserError where that leaves
+        none, the file is no checkpoint to resume from, or going on from it would overwrite newer ones.
+        """
+        if resume is None:
+            return None
+        if resume != "auto":
+            path = Path(resume)
+            checkpoint = _read(list_checkpoints(path)[-1] if path.is_dir() and list_checkpoints(path) else path)
+            newer = [file for file in self.files() if _step_of(file) > checkpoint["global_step"]]
+            if newer:
+                raise UserError(
+                    f"{self.folder} holds checkpoints newer than {path} (e.g. {newer[-1].name}), which would be "
+                    "overwritten; move them away, or choose another --output_dir"
+                )
+            self.saved = path
+            return checkpoint
+        files = self.files()
+        for path in reversed(files):
+            try:
+                checkpoint = _read(path)
+            except UserError as error:
+                path.rename(path.with_name(path.name + DAMAGED))
+                self.logger.warning(f"{error}; put aside as {path.name}{DAMAGED}")
+                continue
+            self.saved = path
+            return checkpoint
+        if files:
+            raise UserError(f"no checkpoint in {self.folder} can be read; to start anew choose another --output_dir")
+        return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint files of a folder, oldest first."""
+    return sorted((file for file in folder.glob(f"checkpoint_*_*{SUFFIX}") if _step_of(file) >= 0), key=_step_of)
+
+
+def restore(state: TrainState, checkpoint: dict[str, Any], runtime: Runtime, tell: Callable[[str], None]) -> None:
+    """Go on from a checkpoint: weights, optimizer, random states and place in the data. Tells what differs.
+
+    Learning rate, decay and the like are the current configuration's. Raises UserError where it does not fit.
+    """
+    load_weights(state.model, checkpoint["model_state_dict"], "the checkpoint")
+    groups = state.optimizer.state_dict()["param_groups"]
+    saved = checkpoint["optimizer_state_dict"]
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in groups]:
+        raise UserError("the checkpoint's optimizer has other parameter groups; set decay_all as it was")
+    state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    state.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    state.epoch, state.sample = checkpoint["epoch"], checkpoint["sample"]
+    state.global_step = checkpoint["global_step"]
+    for difference in _differences(checkpoint["configs"], state.configs):
+        tell(f"differs from the checkpoint: {difference}")
+    rank_states = checkpoint["rank_states"]
+    if len(rank_states) != runtime.world_size:
+        tell(f"differs from the checkpoint: world_size was {len(rank_states)}, is {runtime.world_size}")
+        return
+    state.meter = rank_states[runtime.rank]["meter"]
+    _set_rng_state(rank_states[runtime.rank]["rng"])
+
+
+def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "epoch": state.epoch,
+        "sample": state.sample,
         "global_step": state.global_step,
         "model_state_dict": state.model.state_dict(),
         "optimizer_state_dict": state.optimizer.state_dict(),
         "scaler_state_dict": state.scaler.state_dict(),
-        "rng_state": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rank_states": rank_states,
         "configs": state.configs,
     }
-    unfinished = path.with_suffix(".tmp")
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write beside, to the disk, then under its name. Raises OSError."""
+    unfinished = path.with_suffix(UNFINISHED)
     try:
         with unfinished.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too
+        finally:
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         unfinished.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"the checkpoint {path} cannot be written ({reason}); free the disk or mend it") from None
+        raise error if isinstance(error, OSError) else OSError("no space for all of it") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    version = checkpoint.get("format_version")
+    if version != FORMAT_VERSION:
+        kind = "has no optimizer or place in the data" if version is None else f"is of format {version}"
+        raise UserError(f"{path}: {kind}, so that training cannot go on from it; start a new run")
+    damaged = [key for key, kind in CONTENT.items() if not isinstance(checkpoint.get(key), kind)]
+    if damaged:
+        raise UserError(f"{path}: has no usable {damaged[0]}; it is damaged")
+    return checkpoint
+
+
+def _step_of(file: Path) -> int:
+    """Return the step in a checkpoint's name, -1 if there is none."""
+    step = file.stem.rpartition("_")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Return "key was X, is Y" for every value that two configurations do not share."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [line for name in keys for line in _differences(old.get(name), new.get(name), f"{key}.{name}")]
+    return [] if old == new else [f"{key.lstrip('.')} was {old}, is {new}"]
+
+
+def _rng_state() -> dict[str, Any]:
+    """Return every generator's state: the run itself draws from none, but what a user adds to it may."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -59,24 +59,30 @@ class TrainConfig:
     activation_checkpointing: bool
     optimizer: OptimizerConfig
     warmup_share: float  # of all optimizer steps, in [0, 1]
+    max_grad_norm: float | None
+    max_skipped_steps: int  # in a row
     logging_steps: int
     save_steps: int
+    keep_last: int  # checkpoints, 0 for all
+    save_errors: Literal["stop", "continue"]
     saved_checkpoints: str  # directory, inside the output directory
     logs: str
 
     def __post_init__(self) -> None:
         at_least_one = (
             "per_gpu_train_batch_size", "per_gpu_eval_batch_size", "num_train_epochs", "gradient_accumulation_steps",
-            "logging_steps", "save_steps",
+            "max_skipped_steps", "logging_steps", "save_steps",
         )  # fmt: skip
         for key in at_least_one:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} should be at least 1, found {getattr(self, key)}")
-        for key in ("n_gpu", "num_workers", "seed"):
+        for key in ("n_gpu", "num_workers", "seed", "keep_last"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} should be 0 or more, found {getattr(self, key)}")
         if self.per_gpu_train_batch_size < 2:
             raise ValueError("per_gpu_train_batch_size should be at least 2: one pair has nothing to contrast with")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm should be above 0 or null, found {self.max_grad_norm}")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share should be in [0, 1], found {self.warmup_share}")
 

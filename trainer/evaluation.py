@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from dataloader.batch import Failure
 from dataloader.captions import CaptionSet
-from dataloader.data_loaders import ImageLoader
+from dataloader.image_loader import ImageLoader
 from model import TrainedCLIP
 from utils.images import ImageSource
 from utils.retrieval import retrieval_recall

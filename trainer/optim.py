@@ -45,7 +45,50 @@ def clip_logit_scale(logit_scale: Tensor) -> None:
     logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the L2 norm of all gradients as one scalar tensor, left on the device."""
-    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    return torch.stack(norms).norm()
+class BatchNormStatistics:
+    """A model's BatchNorm statistics, which a step that is skipped must not leave changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.sizes = [buffer.numel() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        """Remember them as they are."""
+        self.kept = self._flat()
+
+    def put_back(self, where: Tensor) -> None:
+        """Make them what they were if `where`, a bool scalar on their device, is true."""
+        if self.buffers:
+            parts = torch.where(where, self.kept, self._flat()).split(self.sizes)
+            shaped = [part.view_as(buffer) for part, buffer in zip(parts, self.buffers, strict=True)]
+            torch._foreach_copy_(self.buffers, shaped)  # one kernel rather than a hundred
+
+    def _flat(self) -> Tensor | None:
+        return torch.cat([buffer.flatten() for buffer in self.buffers]) if self.buffers else None
+
+
+@torch.no_grad()
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    statistics: BatchNormStatistics,
+    max_grad_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Update the weights, or leave the model as it was where a gradient is not finite.
+
+    Returns the L2 norm of all gradients before any clipping, and whether the step was skipped: scalars on the device,
+    which nothing here waits for. A loss that is not finite has such gradients too, and under torchrun all processes
+    have the same.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    is_skipped = ~torch.isfinite(grad_norm)
+    optimizer.found_inf = is_skipped.float()  # fused AdamW then does nothing
+    scaler.step(optimizer)
+    scaler.update()
+    statistics.put_back(is_skipped)
+    return grad_norm, is_skipped

@@ -6,20 +6,25 @@ DistributedDataParallel.
 
 import contextlib
 import os
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import CLIP
+from model.recompute import frozen_statistics
 from trainer.config import TrainConfig
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=2)  # the other processes wait while the first builds a cache
 
 
@@ -33,6 +38,7 @@ class Runtime:
     local_rank: int = 0  # among the processes of this machine
     world_size: int = 1
     precision: str = "fp32"  # fp32, tf32, bf16 or fp16
+    control: dist.ProcessGroup | None = None  # the processes' CPUs, so that agreeing does not wait for their GPUs
 
     @property
     def is_main(self) -> bool:
@@ -72,8 +78,30 @@ class Runtime:
             values = values / self.world_size
         return values
 
-    def close(self) -> None:
-        """Leave the other processes, when all are done: under torchrun the process ends here.
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true in any process."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return every process's `value`, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_main(self, work: Callable[[], Result]) -> Result:
+        """Do `work` in the main process alone, and return its result in every process."""
+        results = [work() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results, group=self.control)
+        return results[0]
+
+    def close(self, status: int = 0) -> None:
+        """Leave the other processes, when all are done: with a status, and under torchrun, the process ends here.
 
         It ends without cleaning up, since gloo's threads hang or abort one orderly exit in some twenty.
         """
@@ -81,15 +109,19 @@ class Runtime:
             dist.barrier()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(status)
+        if status:
+            sys.exit(status)
 
 
 def init_runtime(config: TrainConfig) -> Runtime:
-    """Seed torch, join the processes that torchrun started, choose the device and set its precision.
+    """Seed every generator, join the processes that torchrun started, choose the device and set its precision.
 
     Without torchrun: up to `n_gpu` of the visible GPUs, else the CPU. Raises UserError where the precision cannot be
     had.
     """
+    random.seed(config.seed)
+    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     has_gpu = config.n_gpu > 0 and torch.cuda.is_available()
     rank, local_rank, world_size = (
@@ -106,10 +138,12 @@ def init_runtime(config: TrainConfig) -> Runtime:
         if has_gpu:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     else:
         device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
         num_devices = max(1, min(config.n_gpu, torch.cuda.device_count()))
-    runtime = Runtime(device, num_devices, rank, local_rank, world_size, _precision(config, device))
+        control = None
+    runtime = Runtime(device, num_devices, rank, local_rank, world_size, _precision(config, device), control)
     if config.compile and num_devices > 1:
         raise UserError("compile does not go with DataParallel; use torchrun, or n_gpu 1")
     if config.sync_batchnorm and (world_size == 1 or not has_gpu):
@@ -155,10 +189,26 @@ def wrap(model: CLIP, runtime: Runtime, config: TrainConfig) -> nn.Module:
     wrapped = Autocast(model, runtime)
     if runtime.world_size > 1:
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
+        if runtime.device.type == "cpu":
+            _settle_buckets(wrapped, model)
+        return wrapped
     if runtime.num_devices > 1:
         return nn.DataParallel(wrapped, device_ids=list(range(runtime.num_devices)))
     return wrapped
+
+
+def _settle_buckets(parallel_model: nn.Module, model: CLIP) -> None:
+    """Let DistributedDataParallel see one backward pass, after which it orders its buckets of gradients anew.
+
+    Else the first step of a resumed run would add them up in another order than the run that was not interrupted.
+    """
+    size = model.config.image_resolution
+    with frozen_statistics(model):
+        images, texts = parallel_model(torch.zeros(2, 3, size, size), torch.zeros(2, 8, dtype=torch.int64))
+    temperature = [parameter for parameter in (model.logit_scale, model.logit_bias) if parameter is not None]
+    (images.sum() + texts.sum() + sum(temperature)).backward()
+    model.zero_grad()
 
 
 def without_sync(parallel_model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:

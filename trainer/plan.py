@@ -1,12 +1,13 @@
 """What a run is about to do: its steps, its schedule, its folders, told before the first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataloader.captions import CaptionSet
 from dataloader.stream import ShardStream
 from model import CLIP
 from trainer.config import TrainConfig
+from trainer.lock import RunLock
 from trainer.optim import cosine_warmup_lr
 from trainer.parallel import Runtime
 from utils.errors import UserError
@@ -23,11 +24,20 @@ class RunPlan:
     total_steps: int
     warmup_steps: int
     base_lr: float
+    extra_steps: int = 0  # that a resumed run did more than it would have with this batch size; less if below 0
+
+    def resumed(self, global_step: int, steps_left: int) -> "RunPlan":
+        """Return the plan after `global_step` steps, some of them perhaps of another batch size."""
+        total_steps = global_step + steps_left
+        return replace(self, total_steps=total_steps, extra_steps=total_steps - self.total_steps)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""
         return cosine_warmup_lr(
-            step, base_lr=self.base_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+            step - self.extra_steps,
+            base_lr=self.base_lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps - self.extra_steps,
         )
 
     def is_due(self, every: int, step: int) -> bool:
@@ -41,6 +51,12 @@ class RunFolders:
 
     checkpoints: Path
     logs: Path
+    lock: RunLock | None = None  # of the main process
+
+    def leave(self) -> None:
+        """Let another run in."""
+        if self.lock:
+            self.lock.release()
 
 
 def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan:
@@ -70,19 +86,19 @@ def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan
     )
 
 
-def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime) -> RunFolders:
-    """Create the run's folders, in its main process.
+def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime, *, resumes: bool = False) -> RunFolders:
+    """Create the run's folders, in its main process, and keep other runs out of them.
 
-    Raises UserError if they cannot be written, or hold another run's checkpoints.
+    Raises UserError if they cannot be written, are in use, or hold another run's checkpoints and nothing `resumes`.
     """
     folders = RunFolders(output_dir / config.saved_checkpoints, output_dir / config.logs)
     if not runtime.is_main:
         return folders
     earlier = sorted(folders.checkpoints.glob("checkpoint_*_*.pt"))
-    if earlier:
+    if earlier and not resumes:
         raise UserError(
             f"{folders.checkpoints} already holds a run's checkpoints (e.g. {earlier[-1].name}), which would be "
-            "overwritten; move them away, or choose another --output_dir"
+            "overwritten; go on from them with --resume auto, move them away, or choose another --output_dir"
         )
     try:
         for folder in (folders.checkpoints, folders.logs):
@@ -90,9 +106,10 @@ def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime) -> Run
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
+        lock = RunLock(output_dir, heartbeat=folders.logs / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir") from None
-    return folders
+    return replace(folders, lock=lock)
 
 
 def describe_run(

@@ -15,12 +15,16 @@ from tqdm import tqdm
 class RunLogger:
     """Lines to the terminal and `training_logs.txt`, rows to `metrics.jsonl`, and a bar over the run's steps."""
 
-    def __init__(self, directory: Path, *, quiet: bool = False) -> None:
-        """Open the files in `directory`; `quiet`, for all processes but the main one, tells and writes nothing."""
+    def __init__(self, directory: Path, *, goes_on: bool = False, quiet: bool = False) -> None:
+        """Open the files in `directory`, to add to them if a run `goes_on`.
+
+        With `quiet`, for all processes but the main one, nothing is told or written.
+        """
         self.quiet = quiet
         self.metrics_file = directory / "metrics.jsonl"
-        self._metrics = (Path(os.devnull) if quiet else self.metrics_file).open("w", encoding="utf-8")
-        self._text = logging.FileHandler(os.devnull if quiet else directory / "training_logs.txt", encoding="utf-8")
+        mode, text_file = ("a" if goes_on else "w"), directory / "training_logs.txt"
+        self._metrics = (Path(os.devnull) if quiet else self.metrics_file).open(mode, encoding="utf-8")
+        self._text = logging.FileHandler(os.devnull if quiet else text_file, mode, encoding="utf-8")
         self._text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._bar = tqdm(disable=True)
 
@@ -38,9 +42,27 @@ class RunLogger:
         """Write the merged configuration to the text log alone."""
         self._tell(logging.INFO, "configuration\n" + yaml.safe_dump(dict(configs), sort_keys=False))
 
-    def start_bar(self, total_steps: int) -> None:
-        """Draw a bar of optimizer steps, where there is a terminal to draw it on."""
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=True if self.quiet else None)
+    def drop_rows_after(self, step: int) -> None:
+        """Delete the rows of steps after `step`, and a last one cut short: a resumed run writes them again."""
+        if self.quiet:
+            return
+        kept = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._metrics.close()
+        unfinished = self.metrics_file.with_suffix(".tmp")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(self.metrics_file)
+        self._metrics = self.metrics_file.open("a", encoding="utf-8")
+
+    def start_bar(self, total_steps: int, first_step: int = 0) -> None:
+        """Draw a bar of optimizer steps, `first_step` of them done, where there is a terminal to draw it on."""
+        disable = True if self.quiet else None
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=disable)
 
     def advance_bar(self) -> None:
         """Move the bar by one step."""
