@@ -57,9 +57,9 @@ class Interruption:
 
 def parse_duration(text: str) -> float:
     """Return the seconds of "90s", "45m", "11.5h" or "11:30:00". Raises ValueError for anything else."""
-    if clock := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text):
+    if clock := re.fullmatch(r"([0-9]+):([0-5][0-9]):([0-5][0-9])", text):
         hours, minutes, seconds = map(int, clock.groups())
         return 3600 * hours + 60 * minutes + seconds
-    if amount := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
+    if amount := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text):
         return float(amount[1]) * {"s": 1, "m": 60, "h": 3600}[amount[2]]
     raise ValueError(f"{text!r} is not a time")
