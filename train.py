@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         train_set, val_set = open_train_set(data), open_val_set(data)
 
     plan = make_plan(train_set.num_images, config, runtime)
-    folders = make_folders(args.output_dir, config, runtime, resumes=args.resume is not None)
+    folders = make_folders(args.output_dir, config, runtime, args.resume)
     logger = RunLogger(folders.logs, goes_on=args.resume is not None, quiet=not runtime.is_main)
     checkpoints = Checkpoints(folders.checkpoints, config, runtime, logger)
 

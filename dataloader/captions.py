@@ -53,9 +53,9 @@ class CaptionSet(NamedTuple):
         """Return what was found and what was left out, in a line."""
         text = f"{self.num_images:,} images, {self.num_captions:,} captions"
         if self.missing:
-            text += f"; {len(self.missing):,} more images are not on disk (e.g. {self.missing[0]})"
+            text += f"; {len(self.missing):,} more images are not on disk (e.g. {self.missing[0][:100]})"
         if self.unusable:
-            text += f"; {len(self.unusable):,} entries are unusable (e.g. {self.unusable[0]})"
+            text += f"; {len(self.unusable):,} entries are unusable (e.g. {self.unusable[0][:100]})"
         return text
 
 
@@ -106,7 +106,7 @@ def _read_records(
     is_karpathy = isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]
     if format == "karpathy" or (format == "auto" and is_karpathy):
         return _karpathy_records(file, content, split)
-    return _coco_records(file, content)
+    return _coco_records(file, content, unusable)
 
 
 def _locate(records: Iterable[Record], img_dir: Path, annotation_file: Path, unusable: list[str]) -> CaptionSet:
@@ -114,18 +114,19 @@ def _locate(records: Iterable[Record], img_dir: Path, annotation_file: Path, unu
     present = {entry.name for entry in os.scandir(img_dir)}
     images, missing = [], []
     for image_id, file_name, captions in records:
-        captions = tuple(caption for caption in captions if caption.strip())
+        captions = tuple(_encodable(caption) for caption in captions if caption.strip())
         if not captions:
             continue
-        if file_name in present or (os.sep in file_name and (img_dir / file_name).is_file()):
+        if file_name in present or (os.sep in file_name and os.path.isfile(img_dir / file_name)):  # noqa: PTH113
             images.append(CaptionedImage(image_id, str(img_dir / file_name), captions))
         else:
             missing.append(file_name)
     if not images and not missing:
-        raise UserError(f"{annotation_file}: holds no captions; is it a captions file (captions_*.json)?")
+        what = f" that fit its images (e.g. {unusable[0][:100]})" if unusable else ""
+        raise UserError(f"{annotation_file}: holds no captions{what}; is it a captions file (captions_*.json)?")
     if not images:
         raise UserError(
-            f"none of the {len(missing):,} images of {annotation_file} is in {img_dir} (e.g. {missing[0]}); "
+            f"none of the {len(missing):,} images of {annotation_file} is in {img_dir} (e.g. {missing[0][:100]}); "
             f"check that the two belong together.{COCO_STEPS}"
         )
     return CaptionSet(images, missing, unusable)
@@ -184,6 +185,11 @@ def _csv_records(file: Path, columns: tuple[str, str], unusable: list[str]) -> I
     return ((name, name, own) for name, own in captions.items())
 
 
+def _encodable(caption: str) -> str:
+    """Return a caption without halves of characters, which JSON can write and no file can hold."""
+    return caption if caption.isascii() else caption.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def _decode(line: bytes) -> str:
     """Decode a line that is UTF-8, as it should be, or Windows' Western encoding, as it often is."""
     try:
@@ -198,16 +204,22 @@ def _karpathy_records(file: Path, content: Any, split: str) -> Iterator[Record]:
         for image in content["images"]:
             if image["split"] in splits:
                 name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
-                yield image.get("cocoid", name), name, [sentence["raw"] for sentence in image["sentences"]]
+                captions = [sentence["raw"] for sentence in image["sentences"]]
+                if not all(isinstance(text, str) for text in (name, *captions)):
+                    raise TypeError(f"a name or caption of {name!r} is no text")
+                yield image.get("cocoid", name), name, captions
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not in Karpathy's format ({type(error).__name__}: {error})") from None
 
 
-def _coco_records(file: Path, content: Any) -> Iterator[Record]:
+def _coco_records(file: Path, content: Any, unusable: list[str]) -> Iterator[Record]:
     coco = _index(file, content)
     for image_id, annotations in coco.imgToAnns.items():
+        captions = [annotation["caption"] for annotation in annotations]
         if image_id in coco.imgs:
-            yield image_id, coco.imgs[image_id]["file_name"], [annotation["caption"] for annotation in annotations]
+            yield image_id, coco.imgs[image_id]["file_name"], captions
+        else:
+            unusable += [f"the caption of image_id {image_id!r}, which is no image's"] * len(captions)
 
 
 def _read_json(file: Path) -> Any:
@@ -237,9 +249,9 @@ def _index(annotation_file: Path, content: Any) -> COCO:
                         "it should be in COCO's captions format"
                     )
     for number, annotation in enumerate(content["annotations"]):
-        annotation.setdefault("id", number)  # pycocotools wants one, captions do not need it
+        annotation["id"] = number  # pycocotools wants one, captions do not need it
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = {section: content[section] for section in required}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     return coco

@@ -42,7 +42,8 @@ class EpochBatchSampler:
     @property
     def num_steps(self) -> int:
         """The optimizer steps of the whole run that are left."""
-        return sum(self.steps_left(*start) for start in self._epochs())
+        later_epochs = max(0, self.num_epochs - self.start_epoch - 1)
+        return self.steps_left(self.start_epoch, self.start_sample) + later_epochs * self.steps_left(0, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for epoch, first in self._epochs():

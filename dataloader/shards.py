@@ -99,7 +99,10 @@ class Shards(Sequence):
         except (OSError, ValueError, KeyError, EOFError):
             return None
         is_ours = (self.folder / MANIFEST_FILE).is_file()  # then a changed file is a damaged one
-        same = index["files"].tolist() == self.files and (is_ours or not self._changed(index["file_sizes"]))
+        try:
+            same = index["files"].tolist() == self.files and (is_ours or not self._changed(index["file_sizes"]))
+        except (KeyError, ValueError):
+            return None
         return index if same else None
 
     def _changed(self, file_sizes: np.ndarray) -> list[str]:
@@ -184,7 +187,7 @@ def texts_of(content: Mapping[str, bytes], key: str) -> tuple[int | str, list[st
     """Return the image id and the captions that a sample's `json` member, else its `txt`, tells."""
     try:
         record = json.loads(content.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         record = {}
     record = record if isinstance(record, dict) else {}
     captions = record.get("captions", record.get("caption"))

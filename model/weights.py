@@ -6,6 +6,7 @@ The architecture comes from the file: ours store it, from any other it is read o
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,18 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
     path = _find(Path(path))
     checkpoint = read_checkpoint(path)
     state_dict = _state_dict(checkpoint, path)
+    config = infer_config(state_dict, path)
     configs = checkpoint.get("configs")
-    if isinstance(configs, Mapping):
-        config = build_config(CLIPConfig, configs["model"], str(path))
-        mean, std = configs["dataloader"]["image_mean"], configs["dataloader"]["image_std"]
+    if configs is not None:
+        try:
+            stored = build_config(CLIPConfig, dict(configs["model"]), str(path))
+            mean, std = (tuple(map(float, configs["dataloader"][key])) for key in ("image_mean", "image_std"))
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"{path}: its configuration is damaged ({error})") from None
+        if stored != replace(config, name=stored.name, transformer_heads=stored.transformer_heads):
+            raise UserError(f"{path}: its configuration ({stored.name}) is not that of its weights; it is damaged")
+        config = stored
     else:
-        config = infer_config(state_dict, path)
         mean, std = (COCO_MEAN, COCO_STD) if "model_state_dict" in checkpoint else (OPENAI_MEAN, OPENAI_STD)
     model = CLIP(config)
     load_weights(model, state_dict, path)
@@ -54,18 +61,18 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
 
 
 def load_weights(model: CLIP, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `state_dict` into `model`. Raises UserError naming what is missing, unexpected or of another shape."""
+    """Copy `state_dict` into `model`. Raises UserError if it does not fit, or holds numbers that are not finite."""
     expected = model.state_dict()
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
     misshapen = [
-        f"{key} is {list(tensor.shape)}, not {list(expected[key].shape)}"
+        f"{key} is {tensor.dtype} {list(tensor.shape)}, not {list(expected[key].shape)}"
         for key, tensor in state_dict.items()
-        if key in expected and tensor.shape != expected[key].shape
+        if key in expected and (tensor.shape != expected[key].shape or tensor.dtype != expected[key].dtype)
     ]
     problems = [
         f"{len(keys)} {kind} (first: {keys[0]})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape or type", misshapen))
         if keys
     ]
     if problems:
@@ -164,8 +171,11 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no model weights (its keys: {', '.join(map(str, list(checkpoint)[:5]))})")
     state_dict = {}
     for key, value in weights.items():
-        key = key.removeprefix("module.")
+        key = str(key).removeprefix("module.")
         if key not in NOT_WEIGHTS and isinstance(value, Tensor):
+            is_dense = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+            if not is_dense or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise UserError(f"{path}: {key} is no plain array of numbers, or smaller than it claims; it is damaged")
             state_dict[key] = value.float() if value.is_floating_point() else value
     for key in ("logit_scale", "logit_bias"):
         if key in state_dict:

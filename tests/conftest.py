@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 
 from dataloader.order import EpochBatchSampler
 from model import CLIP, CLIPConfig
+from utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -81,6 +85,32 @@ def run_script(script: str, *flags: object, cwd: Path) -> subprocess.CompletedPr
     """Run a script of the repository as a user would, with `cwd` as the working directory."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=SCRIPT_ENVIRONMENT, capture_output=True, text=True, timeout=600)
+
+
+class Output(NamedTuple):
+    """What a script printed, and its exit status."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd) -> Callable[..., Output]:
+    """Run a script of the repository in this process, which takes a tenth of the time: run_here(script, *flags)."""
+
+    def run(script: str, *flags: object, cwd: Path) -> Output:
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        code, message = 0, ""
+        try:
+            errors.run_script(lambda: import_module(script.removesuffix(".py")).main(list(map(str, flags))))
+        except SystemExit as end:
+            code, message = (end.code, "") if isinstance(end.code, int) else (1, end.code)
+        printed = capfd.readouterr()
+        return Output(code, printed.out, printed.err + message)
+
+    return run
 
 
 def tiny_training_flags(img_dir: Path, annotation_file: Path, output_dir: Path) -> list[object]:

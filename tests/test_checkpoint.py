@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import CLIP, load_clip
+from model import CLIP, CLIPConfig, load_clip
 from tests.conftest import TINY
 from trainer import checkpoint as checkpoint_module
 from trainer.checkpoint import Checkpoints, TrainState, restore
@@ -27,11 +27,11 @@ class Told(list):
         self.append(message)
 
 
-def make_state(step: int = 120, seed: int = 0) -> TrainState:
+def make_state(step: int = 120, seed: int = 0, config: CLIPConfig = TINY) -> TrainState:
     torch.manual_seed(seed)
-    model = CLIP(TINY)
+    model = CLIP(config)
     preprocessing = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    configs = {"model": to_plain(TINY), "trainer": to_plain(load_train_config()), "dataloader": preprocessing}
+    configs = {"model": to_plain(config), "trainer": to_plain(load_train_config()), "dataloader": preprocessing}
     optimizer = build_optimizer(model, load_train_config().optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -78,16 +78,16 @@ def test_a_directory_means_its_newest_checkpoint(tmp_path: Path, tiny_model):
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, tiny_model):
     content = our_checkpoint(tiny_model)
     weights = content["model_state_dict"] = dict(content["model_state_dict"])
-    del weights["ln_final.weight"]
+    del weights["ln_final.bias"]
     weights["extra"] = torch.zeros(1)
-    weights["text_projection"] = torch.zeros(64, 16)
+    weights["visual.bn1.weight"] = torch.zeros(9)
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(UserError) as error:
         load_clip(tmp_path / "c.pt")
     for part in (
-        "1 missing (first: ln_final.weight)",
+        "1 missing (first: ln_final.bias)",
         "1 unexpected (first: extra)",
-        "1 of another shape (first: text_projection is [64, 16], not [64, 32])",
+        "1 of another shape or type (first: visual.bn1.weight is torch.float32 [9], not [4])",
     ):
         assert part in str(error.value)
 

@@ -136,6 +136,13 @@ def restore(state: TrainState, checkpoint: dict[str, Any], runtime: Runtime, tel
 
     Learning rate, decay and the like are the current configuration's. Raises UserError where it does not fit.
     """
+    try:
+        _restore(state, checkpoint, runtime, tell)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint cannot be resumed, it is damaged ({error}); use an earlier one") from None
+
+
+def _restore(state: TrainState, checkpoint: dict[str, Any], runtime: Runtime, tell: Callable[[str], None]) -> None:
     load_weights(state.model, checkpoint["model_state_dict"], "the checkpoint")
     groups = state.optimizer.state_dict()["param_groups"]
     saved = checkpoint["optimizer_state_dict"]
@@ -191,8 +198,8 @@ def _write(checkpoint: dict[str, Any], path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     version = checkpoint.get("format_version")
-    if version != FORMAT_VERSION:
-        kind = "has no optimizer or place in the data" if version is None else f"is of format {version}"
+    if type(version) is not int or version != FORMAT_VERSION:
+        kind = f"is of format {version}" if type(version) is int else "has no optimizer or place in the data"
         raise UserError(f"{path}: {kind}, so that training cannot go on from it; start a new run")
     damaged = [key for key, kind in CONTENT.items() if not isinstance(checkpoint.get(key), kind)]
     if damaged:

@@ -86,16 +86,19 @@ def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan
     )
 
 
-def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime, *, resumes: bool = False) -> RunFolders:
+def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime, resume: str | None = None) -> RunFolders:
     """Create the run's folders, in its main process, and keep other runs out of them.
 
-    Raises UserError if they cannot be written, are in use, or hold another run's checkpoints and nothing `resumes`.
+    Raises UserError if they cannot be written, are in use, or hold another run's checkpoints and nothing is to be
+    resumed, or what is to be does not exist.
     """
     folders = RunFolders(output_dir / config.saved_checkpoints, output_dir / config.logs)
     if not runtime.is_main:
         return folders
     earlier = sorted(folders.checkpoints.glob("checkpoint_*_*.pt"))
-    if earlier and not resumes:
+    if resume not in (None, "auto") and not Path(resume).exists():
+        raise UserError(f"the checkpoint {resume} does not exist; check the path, or use --resume auto")
+    if earlier and not resume:
         raise UserError(
             f"{folders.checkpoints} already holds a run's checkpoints (e.g. {earlier[-1].name}), which would be "
             "overwritten; go on from them with --resume auto, move them away, or choose another --output_dir"

@@ -6,6 +6,7 @@ checked in the dataclass's own `__post_init__`, which raises `ValueError("key ..
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +19,17 @@ from utils.errors import UserError
 Config = TypeVar("Config")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """`yaml.SafeLoader` that refuses a key written twice; plain PyYAML silently keeps the last."""
+class _StrictLoader(yaml.SafeLoader):
+    """`yaml.SafeLoader` that refuses a key written twice, of which PyYAML keeps the last, and aliases.
+
+    A file of a few lines with aliases of aliases can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"an alias (*name) is not allowed, found on line {line}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -41,10 +51,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read the YAML mapping in `path`. Raises UserError if it is missing, malformed or not a mapping."""
     name = short_name(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); restore it from the repository") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or an impossible date
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: is not valid YAML ({reason}); mend that line") from None
     if not isinstance(values, dict):
@@ -63,8 +73,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise UserError(f"--set {text}: should read section.key=value, e.g. trainer.optimizer.params.lr=1e-3")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key.strip(), yaml.load(value, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {text}: the value {value!r} is not valid YAML; put it in quotes") from None
 
 
@@ -159,7 +169,7 @@ def _convert(value: Any, hint: Any) -> Any:
     elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # PyYAML reads 5e-4, which has no dot, as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint in (int, bool, str, type(None)) and type(value) is hint:
         return value
@@ -180,4 +190,4 @@ def _name(hint: Any) -> str:
 
 
 def _describe(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r}"
+    return "nothing" if value is None else reprlib.repr(value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+MAX_ASPECT = 8  # of an image's sides; what is longer loses its ends before it is resized
 ORIENTATION_TAG = 0x0112  # EXIF
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,9 +41,12 @@ def load_image(source: ImageSource, size: int) -> Image.Image:
     Equal, bit for bit, to torchvision's `Resize` and `CenterCrop` on the decoded file. Raises UnreadableImageError.
     """
     with _unreadable():
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else _open(source)
         orientation = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
         image = _to_rgb(image)
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            top, left, height, width = _central_part(image.height, image.width)
+            image = image.crop((left, top, left + width, top + height))
     image = image.resize(_resized(*image.size, size), Image.Resampling.BICUBIC)
     if orientation is not None:
         image = image.transpose(orientation)
@@ -64,7 +69,7 @@ def read_pixels(source: str | Path | io.BytesIO, at_least: int, buffer: np.ndarr
             pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer if is_large_enough else None)
             return torch.from_numpy(pixels).permute(2, 0, 1)
     with _unreadable():
-        image = Image.open(source)
+        image = _open(source)
         width, height = image.size
         orientation = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
         is_large = min(width, height) >= 8 * at_least
@@ -88,6 +93,8 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int]:
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:
     """Resize uint8 [3, height, width] to `size` on its short side: bicubic, within one grey level of Pillow's."""
+    top, left, height, width = _central_part(*image.shape[1:])
+    image = image[:, top : top + height, left : left + width]
     width, height = _resized(image.shape[2], image.shape[1], size)
     if (height, width) == image.shape[1:]:
         return image
@@ -114,6 +121,26 @@ def _unreadable() -> Iterator[None]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UnreadableImageError(reason) from None
+
+
+def _open(source: str | Path | io.BytesIO) -> Image.Image:
+    """Open an image file that is no decompression bomb; Pillow only warns of some."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(source)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    return image
+
+
+def _central_part(height: int, width: int) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) of the middle of an image longer than MAX_ASPECT, else all of it.
+
+    A line of 20,000 x 3 pixels, its short side resized to 224, would take a gigabyte.
+    """
+    longest = MAX_ASPECT * min(height, width)
+    top, left = ((side - min(side, longest)) // 2 for side in (height, width))
+    return top, left, min(height, longest), min(width, longest)
 
 
 def _resized(width: int, height: int, size: int) -> tuple[int, int]:

@@ -24,7 +24,9 @@ class RunLogger:
         self.metrics_file = directory / "metrics.jsonl"
         mode, text_file = ("a" if goes_on else "w"), directory / "training_logs.txt"
         self._metrics = (Path(os.devnull) if quiet else self.metrics_file).open(mode, encoding="utf-8")
-        self._text = logging.FileHandler(os.devnull if quiet else text_file, mode, encoding="utf-8")
+        self._text = logging.FileHandler(
+            os.devnull if quiet else text_file, mode, encoding="utf-8", errors="backslashreplace"
+        )
         self._text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._bar = tqdm(disable=True)
 
