@@ -6,16 +6,21 @@ import pytest
 from PIL import Image
 
 from dataloader import sample
-from dataloader.captions import read_captions
-from dataloader.drawings import COLOURS
-from dataloader.sample import OBJECTS, TEST_SCENES, make_sample, make_test_images
+from dataloader.captions import CaptionSet, read_captions
+from dataloader.drawings import BACKGROUNDS, COLOURS, THINGS
+from dataloader.sample import TEST_SCENES, make_sample, make_test_images
 from utils.zero_shot import CIFAR100_FILE, read_class_names
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample")
-    return folder, make_sample(folder, num_train=60, num_val=30)
+    make_sample(folder, num_train=60, num_val=30)
+    return folder
+
+
+def read_split(folder: Path, split: str) -> CaptionSet:
+    return read_captions(folder / split, folder / f"annotations/captions_{split}.json")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -23,59 +28,58 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_is_a_captioned_dataset_in_cocos_format(drawn):
-    _, paths = drawn
-    for img_dir, annotation_file, count in ((paths[0], paths[1], 60), (paths[2], paths[3], 30)):
-        caption_set = read_captions(img_dir, annotation_file)
+    for split, count in (("train", 60), ("val", 30)):
+        caption_set = read_split(drawn, split)
         assert len(caption_set.images) == count and caption_set.missing == []
         assert all(len(set(image.captions)) == 5 for image in caption_set.images)
         assert Image.open(caption_set.images[0].path).size == (224, 224)
-    train, val = (read_captions(*pair).images for pair in (paths[:2], paths[2:]))
+    train, val = (read_split(drawn, split).images for split in ("train", "val"))
     assert not {image.image_id for image in train} & {image.image_id for image in val}
     assert any(caption.startswith("a photo of a") for image in train for caption in image.captions)
 
 
 def test_objects_are_twenty_cifar100_classes():
-    assert len(set(OBJECTS)) == 20
-    assert set(OBJECTS) <= set(read_class_names([str(CIFAR100_FILE)]))
+    assert len(THINGS) == 20
+    assert set(THINGS) <= set(read_class_names([str(CIFAR100_FILE)]))
 
 
 def test_no_two_images_of_the_full_dataset_show_the_same_scene(tmp_path: Path):
-    train = [picture.scene for picture in sample.plan(tmp_path / "train", 2000, 11, first_id=1)]
-    val = [picture.scene for picture in sample.plan(tmp_path / "val", 200, 11, first_id=2001)]
-    assert len({*train, *val, *TEST_SCENES}) == 2000 + 200 + 12
-    for attribute, values in (("thing", OBJECTS), ("colour", COLOURS)):
-        counts = [sum(getattr(scene, attribute) == value for scene in train) for value in values]
-        assert min(counts) > 0.4 * 2000 / len(values)
-    assert 0.2 < np.mean([scene.other != "" for scene in train]) < 0.4
+    pictures = sample.plan(tmp_path, 2000, 200, 11)
+    scenes = [picture.scene for picture in pictures]
+    assert len({*scenes, *TEST_SCENES}) == 2000 + 200 + 12
+    assert [picture.path.parent.name for picture in pictures] == ["train"] * 2000 + ["val"] * 200
+    for attribute, values in (("thing", THINGS), ("colour", COLOURS), ("background", BACKGROUNDS)):
+        counts = [sum(getattr(scene, attribute) == value for scene in scenes[:2000]) for value in values]
+        assert min(counts) > 0.7 * 2000 / len(values)
+    assert 0.2 < np.mean([scene.other != "" for scene in scenes]) < 0.4
 
 
 def test_held_out_captions_tell_the_whole_scene(tmp_path: Path):
-    for picture in sample.plan(tmp_path / "val", 50, 11, first_id=1):
-        for caption in sample.captions(picture.scene, picture.seed, "val"):
-            words = [picture.scene.thing, picture.scene.colour, picture.scene.other, picture.scene.other_colour]
+    for picture in sample.plan(tmp_path, 0, 50, 11):
+        for caption in sample.captions(picture):
+            scene = picture.scene
+            words = [scene.size, scene.thing, scene.colour, scene.position, scene.other, scene.other_colour]
             assert all(word in caption for word in words)
 
 
 def test_the_same_seed_draws_the_same_files_and_another_does_not(drawn, tmp_path: Path, monkeypatch):
-    folder, _ = drawn
     monkeypatch.setattr(sample.os, "cpu_count", lambda: 1)
     make_sample(tmp_path / "same", num_train=60, num_val=30)
-    assert files(tmp_path / "same") == files(folder)
+    assert files(tmp_path / "same") == files(drawn)
     make_sample(tmp_path / "other", num_train=3, num_val=2, seed=12)
     first = "train/000000000001.jpg"
-    assert files(tmp_path / "other")[first] != files(folder)[first]
+    assert files(tmp_path / "other")[first] != files(drawn)[first]
 
 
 def test_a_finished_dataset_is_kept_and_an_unfinished_one_is_completed(drawn):
-    folder, paths = drawn
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.jpg")}
-    make_sample(folder, num_train=60, num_val=30)
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.jpg")} == before
-    content = files(folder)
-    next(paths.val_img_dir.iterdir()).unlink()
-    make_sample(folder, num_train=60, num_val=30)
-    assert files(folder) == content
-    assert json.loads((folder / "sample.json").read_text())["num_train"] == 60
+    before = {file: file.stat().st_mtime_ns for file in drawn.rglob("*.jpg")}
+    make_sample(drawn, num_train=60, num_val=30)
+    assert {file: file.stat().st_mtime_ns for file in drawn.rglob("*.jpg")} == before
+    content = files(drawn)
+    next((drawn / "val").iterdir()).unlink()
+    make_sample(drawn, num_train=60, num_val=30)
+    assert files(drawn) == content
+    assert json.loads((drawn / "sample.json").read_text())["num_train"] == 60
 
 
 def test_the_test_images_are_those_in_the_repository(tmp_path: Path):
