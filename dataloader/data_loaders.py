@@ -13,6 +13,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -272,16 +273,19 @@ def open_val_set(config: DataConfig) -> CaptionSet | None:
 class ImageDataset(Dataset):
     """Preprocessed images by index, each decoded in full: what is measured on them compares with other tools."""
 
-    def __init__(self, sources: Sequence[ImageSource], image_size: int) -> None:
+    def __init__(
+        self, sources: Sequence[ImageSource], image_size: int, load: Callable[..., Image.Image] = load_image
+    ) -> None:
         self.sources = sources
         self.image_size = image_size
+        self.load = load
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | Failure]:
         try:
-            return index, to_tensor(load_image(self.sources[index], self.image_size))
+            return index, to_tensor(self.load(self.sources[index], self.image_size))
         except UnreadableImageError as error:
             return index, Failure(_name(self.sources, index), str(error))
 
@@ -303,9 +307,10 @@ class ImageLoader:
         batch_size: int,
         num_workers: int,
         device: torch.device,
+        load: Callable[..., Image.Image] = load_image,
     ) -> None:
         self.loader = DataLoader(
-            ImageDataset(sources, image_size),
+            ImageDataset(sources, image_size, load),
             batch_size=batch_size,
             collate_fn=_collate_images,
             num_workers=_usable_workers(num_workers) if len(sources) > batch_size else 0,
