@@ -1,9 +1,6 @@
 """Models of open_clip in a CLIP's place, to compare with."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +13,7 @@ from model.trained import TrainedCLIP
 from utils.config import nearest
 from utils.errors import UserError
 from utils.images import load_image
+from utils.packages import quiet
 
 PREFIX = "open_clip:"
 
@@ -66,7 +64,7 @@ def load_open_clip(name: str, device: str | torch.device = "cpu") -> TrainedCLIP
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise UserError(f"{name}: {weights!r} is neither a file nor a tag of {model_name}; its tags: {tags}")
     try:
-        with _silence():
+        with quiet():
             model = open_clip.create_model(model_name, weights, force_quick_gelu=bool(tag.get("quick_gelu")))
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip lets through whatever the network, the file or torch raises
@@ -84,18 +82,6 @@ def load_open_clip(name: str, device: str | torch.device = "cpu") -> TrainedCLIP
     )
     baseline = Baseline(model, tokenizer, BaselineConfig(model_name, size)).eval().to(device)
     return TrainedCLIP(baseline, tuple(rules["mean"]), tuple(rules["std"]), name, load)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep open_clip and its downloader from telling what the caller tells in one sentence."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _how_to_fetch(model_name: str, tag: dict) -> str:

@@ -1,5 +1,10 @@
-"""Data files of installed packages, found without importing the package: that can take seconds."""
+"""Installed packages: their data files, found without an import that can take seconds, and their chatter."""
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,3 +18,15 @@ def package_file(package: str, name: str) -> Path:
     if file is None or not file.is_file():
         raise UserError(f"{name} of the package {package} is not found; pip install -r requirements.txt")
     return file
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep a package from printing, logging and warning; what goes wrong it raises, and the caller tells."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
