@@ -85,7 +85,7 @@ def write_retrieval(
     print(f"wrote {stem}.txt, .json and .png")
     short = {"image_to_text": "i2t", "text_to_image": "t2i"}
     figures = {}
-    for key, value in metrics.items():
+    for key, value in sorted(metrics.items(), key=lambda item: item[0][:13]):
         direction, figure = key[:13], key[14:].replace("_rank", "")
         figures[f"{short[direction]} {figure}"] = value if figure == "median" else 100 * value
     return figures

@@ -141,7 +141,7 @@ def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path,
     if num_classes <= 20:
         for (row, column), share in np.ndenumerate(shares):
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 40 else INK)
-    axes.set(xlabel="taken for", ylabel="class")
+    axes.set(xlabel="taken for", ylabel="class", anchor="N")
     axes.set_title(title, loc="left")
 
     panel.axis("off")
@@ -150,7 +150,7 @@ def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path,
     colours = panel.inset_axes([0.02, 0.45 / side, 0.6, 0.12 / side])
     figure.colorbar(image, cax=colours, orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
     colours.set_xlabel(f"% of the images of {'a class' if block == 1 else f'{block} neighbouring classes'}")
-    return _save(figure, path)
+    return _save(figure, path, bbox_inches="tight")
 
 
 def _list_confusions(confusion: np.ndarray, classnames: Sequence[str]) -> list[str]:
@@ -184,7 +184,8 @@ def plot_class_accuracies(
         axes.barh(range(len(entries)), values, height=0.68, color=[ACCENT if v >= average else QUIET for v in values])
         axes.set_yticks(range(len(entries)), [_shorten(name, 28) for name, _ in entries], fontsize=8)
         for row, value in enumerate(values):
-            axes.text(value + 1, row, f"{value:.0f}", va="center", fontsize=7)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the dashed line
+            axes.text(value + 1, row, f"{value:.0f}", va="center", fontsize=7, bbox=box, zorder=3)
         axes.axvline(average, color=INK, linestyle="--", linewidth=0.8)
         axes.set(xlim=(0, 105), ylim=(rows - 0.4, -0.6), xlabel="top-1 accuracy, % (dashed: of all images)")
         axes.set_title(part, loc="left", fontsize=9)
@@ -250,11 +251,11 @@ def _wrap(text: str, width: int = 38) -> str:
     return "\n".join(textwrap.wrap(_shorten(text, 110), width))
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
-    """Write the figure and return its path. Raises UserError if it cannot be written."""
+def _save(figure: plt.Figure, path: Path, **options: str) -> Path:
+    """Write the figure and return its path, with `savefig`'s options. Raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, **options)
     except OSError as error:
         raise UserError(f"the figure {path} cannot be written ({error.strerror})") from None
     finally:
