@@ -28,5 +28,5 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet pytest hypothesis ruff pandas "webdataset==0.2.86"  # the last two: open_clip's own loader
+	$(BIN)/python -m pip install --quiet pytest hypothesis ruff onnx onnxscript onnxruntime pandas "webdataset==0.2.86"  # the last two: open_clip's own loader
 	touch $@

@@ -6,8 +6,11 @@ python zero_shot_demo.py --checkpoint_path F --texts "a red bus" "a castle at ni
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from PIL import Image
 from torch import Tensor
@@ -16,12 +19,12 @@ from model import load_clip
 from trainer.evaluation import encode_sources
 from trainer.parallel import default_device
 from utils.errors import run_script
+from utils.flags import add_checkpoint_flag, add_inference_flags, positive
 from utils.images import find_images, load_image
 from utils.plots import plot_predictions, plot_similarity
-from utils.zero_shot import CIFAR100_FILE, TEMPLATE, build_classifier, encode_texts, read_class_names
+from utils.text import printable
+from utils.zero_shot import CIFAR100_FILE, build_classifier, class_probabilities, read_class_names, read_templates
 
-LOGIT_SCALE = 35  # the reference demo's, for softer probabilities than the learned one's; the ranking is the same
-OUTPUT_DIR = Path("demo_output")
 PICTURE_SIZE = 224  # pixels a side, in the figures
 
 Ranking = list[tuple[str, float]]  # (class name, probability), most probable first
@@ -30,30 +33,42 @@ Ranking = list[tuple[str, float]]  # (class name, probability), most probable fi
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     files = [args.img_path] if args.img_path else find_images(args.img_dir)
-    classnames = read_class_names(args.class_names)
+    classnames, templates = read_class_names(args.class_names), read_templates(args.templates or ["single"])
     clip = load_clip(args.checkpoint_path, default_device())
+    classifier = None if args.texts else build_classifier(clip.model, classnames, templates)
 
     indices, image_features, failures = encode_sources(
         clip, files, batch_size=args.batch_size, num_workers=args.num_workers
     )
     files = [files[index] for index in indices.tolist()]
+    out = sys.stderr if args.json else sys.stdout
 
     if args.texts:
-        similarities = (image_features @ encode_texts(clip.model, args.texts).t()).tolist()
-        print_similarities(files, args.texts, similarities)
-        print("drew", plot_similarity(load_pictures(files), args.texts, similarities, OUTPUT_DIR / "similarity.png"))
+        similarities = (image_features @ clip.encode_text(args.texts).t()).tolist()
+        results = [{"similarities": row} for row in similarities]
+        print_similarities(files, args.texts, similarities, out)
+        figure = plot_similarity(load_pictures(files), args.texts, similarities, args.output / "similarity.png")
+        print("drew", figure, file=out)
     else:
-        classifier = build_classifier(clip.model, classnames, [args.template])
-        rankings = rank((LOGIT_SCALE * image_features @ classifier.t()).softmax(dim=1), classnames)
-        print_rankings(files, rankings)
+        rankings = rank(class_probabilities(image_features, classifier), classnames, args.top_k)
+        results = [
+            {"predictions": [{"class": name, "probability": probability} for name, probability in ranking]}
+            for ranking in rankings
+        ]
+        print_rankings(files, rankings, out)
         if args.show_predictions:
             name = "single_img_demo.png" if args.img_path else "demo.png"
-            print("drew", plot_predictions(load_pictures(files), rankings, OUTPUT_DIR / name))
+            print("drew", plot_predictions(load_pictures(files), rankings, args.output / name), file=out)
     for path, reason in failures:
-        print(f"skipped {path}: {reason}")
+        print(f"skipped {printable(path)}: {reason}", file=out)
+    if args.json:
+        images = [{"file": str(file), **result} for file, result in zip(files, results, strict=True)]
+        skipped = [{"file": path, "reason": reason} for path, reason in failures]
+        content = {"checkpoint": clip.source, "texts": args.texts, "images": images, "skipped": skipped}
+        print(json.dumps(content, indent=2))
 
 
-def rank(probabilities: Tensor, classnames: Sequence[str], num_best: int = 5) -> list[Ranking]:
+def rank(probabilities: Tensor, classnames: Sequence[str], num_best: int) -> list[Ranking]:
     """Return each image's most probable classes; `probabilities` is [num_images, num_classes]."""
     best = probabilities.topk(min(num_best, len(classnames)), dim=1)
     return [
@@ -62,21 +77,26 @@ def rank(probabilities: Tensor, classnames: Sequence[str], num_best: int = 5) ->
     ]
 
 
-def print_rankings(files: Sequence[Path], rankings: Sequence[Ranking]) -> None:
+def print_rankings(files: Sequence[Path], rankings: Sequence[Ranking], out: TextIO) -> None:
     """Print each image's classes, one line an image."""
-    width = max(len(file.name) for file in files)
-    for file, ranking in zip(files, rankings, strict=True):
-        print(f"{file.name:<{width}}  " + "   ".join(f"{name} {probability:.1%}" for name, probability in ranking))
+    names = [printable(file.name) for file in files]
+    width = max(map(len, names))
+    for name, ranking in zip(names, rankings, strict=True):
+        classes = "   ".join(f"{printable(classname)} {probability:.1%}" for classname, probability in ranking)
+        print(f"{name:<{width}}  {classes}", file=out)
 
 
-def print_similarities(files: Sequence[Path], texts: Sequence[str], similarities: Sequence[Sequence[float]]) -> None:
+def print_similarities(
+    files: Sequence[Path], texts: Sequence[str], similarities: Sequence[Sequence[float]], out: TextIO
+) -> None:
     """Print each image's cosine similarity to each text; `similarities` has a row an image."""
     for number, text in enumerate(texts, start=1):
-        print(f"({number}) {text}")
-    width = max(len(file.name) for file in files)
-    print(" " * width + "".join(f"{f'({number})':>7}" for number in range(1, len(texts) + 1)))
-    for file, row in zip(files, similarities, strict=True):
-        print(f"{file.name:<{width}}" + "".join(f"{value:7.2f}" for value in row))
+        print(f"({number}) {printable(text)}", file=out)
+    names = [printable(file.name) for file in files]
+    width = max(map(len, names))
+    print(" " * width + "".join(f"{f'({number})':>7}" for number in range(1, len(texts) + 1)), file=out)
+    for name, row in zip(names, similarities, strict=True):
+        print(f"{name:<{width}}" + "".join(f"{value:7.2f}" for value in row), file=out)
 
 
 def load_pictures(files: Sequence[Path]) -> list[Image.Image]:
@@ -88,9 +108,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--checkpoint_path", required=True, metavar="PATH", help="a checkpoint, or a directory: its newest one"
-    )
+    add_checkpoint_flag(parser, required=True)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--img_path", type=Path, metavar="FILE", help="one image")
     images.add_argument("--img_dir", type=Path, metavar="DIR", default="test_images", help="default: test_images")
@@ -101,15 +119,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[str(CIFAR100_FILE)],
         help="class names, or one text file with a name a line (default: the 100 of CIFAR100)",
     )
-    parser.add_argument("--template", default=TEMPLATE, help="the sentence around a class name (default: %(default)s)")
     parser.add_argument(
         "--texts", nargs="+", metavar="TEXT", help="draw the similarity of these sentences to the images instead"
     )
     parser.add_argument(
-        "--show_predictions", "--show_prediction", action="store_true", help=f"draw a figure into {OUTPUT_DIR}/"
+        "--show_predictions", "--show_prediction", action="store_true", help="draw a figure of the predictions"
     )
-    parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default="demo_output", help="where figures go (default: %(default)s)"
+    )
+    parser.add_argument("--top_k", type=positive, metavar="K", default=5, help="classes to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON; all else goes to stderr")
+    add_inference_flags(parser, templates="single")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Labelled images for zero-shot evaluation: CIFAR, and any folder with one sub-folder a class."""
+"""Labelled images for zero-shot evaluation: CIFAR, the ImageNet family, and any folder with one sub-folder a class."""
 
 import re
 from collections.abc import Sequence
@@ -8,10 +8,17 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from utils import imagenet
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, list_images
 
 CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+IMAGENET = {  # by the folder's name, in lower case; any other is the validation set
+    "imagenet-a": "ImageNet-A",
+    "imagenet-r": "ImageNet-R",
+    "imagenet-sketch": "ImageNet-Sketch",
+    "imagenetv2-matched-frequency-format-val": "ImageNetV2",
+}
 NUMBERED_FOLDER = re.compile(r"n\d{8}|\d+")  # WordNet ids (ImageNet), class indices (ImageNetV2)
 
 
@@ -20,7 +27,9 @@ class ClassificationSet(NamedTuple):
 
     images: list[Path | Image.Image]
     labels: list[int]
-    classnames: list[str]
+    classnames: list[str]  # two classes may share one
+    class_ids: list[str]  # no two do: WordNet ids, or what the data set or its folders call the classes
+    title: str = ""
 
 
 def load_cifar(data_dir: Path) -> ClassificationSet:
@@ -40,7 +49,33 @@ def load_cifar(data_dir: Path) -> ClassificationSet:
             f"and unpack it there, so that {data_dir / dataset_class.base_folder} exists"
         ) from None
     classnames = [classname.replace("_", " ") for classname in dataset.classes]
-    return ClassificationSet([Image.fromarray(pixels) for pixels in dataset.data], dataset.targets, classnames)
+    images = [Image.fromarray(pixels) for pixels in dataset.data]
+    return ClassificationSet(images, dataset.targets, classnames, dataset.classes, name)
+
+
+def load_imagenet(data_dir: Path) -> ClassificationSet:
+    """Read ImageNet's validation set, V2, A, R or Sketch, whichever `data_dir` is called, with OpenAI's class names.
+
+    Its folders are called by WordNet id or by the class's index. A and R have 200 classes, and are told apart among
+    these. Raises UserError if it holds anything else.
+    """
+    title = IMAGENET.get(data_dir.resolve().name.lower(), "ImageNet val")
+    names = imagenet.classnames()
+    all_ids = list(names)
+    class_ids = imagenet.subset_ids(title[-1]) if title[-1] in imagenet.SUBSETS else all_ids
+    labels = {class_id: label for label, class_id in enumerate(class_ids)}
+    folders = {}
+    for folder in _class_folders(data_dir):
+        name = folder.name
+        class_id = all_ids[int(name)] if re.fullmatch(r"\d{1,3}", name) else name
+        if class_id not in labels:
+            raise UserError(
+                f"--data_dir {data_dir}: {name} is no class of {title} (ids such as {class_ids[0]}, or indices); the "
+                f"folder's name says which set it is: {', '.join(IMAGENET)}, or any other for ImageNet val"
+            )
+        folders[folder] = labels[class_id]
+    classnames = [names[class_id] for class_id in class_ids]
+    return _read_class_folders(data_dir, folders, classnames, class_ids, title)
 
 
 def load_class_folders(data_dir: Path, classnames: Sequence[str] | None = None) -> ClassificationSet:
@@ -49,11 +84,7 @@ def load_class_folders(data_dir: Path, classnames: Sequence[str] | None = None) 
     `classnames` renames the classes, in the sorted order of their folders. Raises UserError if there is no such
     folder, no image in it, or if its folders are only numbered and `classnames` is not given.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir}: the folder does not exist; check the path")
-    folders = sorted(entry for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise UserError(f"--data_dir {data_dir}: holds no folder; it should hold one folder of images a class")
+    folders = _class_folders(data_dir)
     if classnames is None:
         if all(NUMBERED_FOLDER.fullmatch(folder.name) for folder in folders):
             raise UserError(
@@ -63,11 +94,27 @@ def load_class_folders(data_dir: Path, classnames: Sequence[str] | None = None) 
         classnames = [folder.name.replace("_", " ") for folder in folders]
     if len(classnames) != len(folders):
         raise UserError(f"--class_names: {len(classnames)} names for the {len(folders)} folders of {data_dir}")
+    labels = {folder: label for label, folder in enumerate(folders)}
+    return _read_class_folders(data_dir, labels, list(classnames), [folder.name for folder in folders])
+
+
+def _class_folders(data_dir: Path) -> list[Path]:
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir}: the folder does not exist; check the path")
+    folders = sorted(entry for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise UserError(f"--data_dir {data_dir}: holds no folder; it should hold one folder of images a class")
+    return folders
+
+
+def _read_class_folders(
+    data_dir: Path, label_of_folder: dict[Path, int], classnames: list[str], class_ids: list[str], title: str = ""
+) -> ClassificationSet:
     images, labels = [], []
-    for label, folder in enumerate(folders):
+    for folder, label in label_of_folder.items():
         files = list_images(folder)
         images += files
         labels += [label] * len(files)
     if not images:
         raise UserError(f"--data_dir {data_dir}: its folders hold no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return ClassificationSet(images, labels, list(classnames))
+    return ClassificationSet(images, labels, classnames, class_ids, title or data_dir.resolve().name)

@@ -1,9 +1,11 @@
 """Images to evaluate: in order, decoded in full, what cannot be read told apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,18 +19,41 @@ from utils.images import ImageSource, UnreadableImageError, load_image, normaliz
 class ImageDataset(Dataset):
     """Preprocessed images by index, each decoded in full: what is measured on them compares with other tools."""
 
-    def __init__(self, sources: Sequence[ImageSource], image_size: int) -> None:
+    def __init__(
+        self, sources: Sequence[ImageSource], image_size: int, load: Callable[..., Image.Image] = load_image
+    ) -> None:
         self.sources = sources
         self.image_size = image_size
+        self.load = load
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | Failure]:
         try:
-            return index, to_tensor(load_image(self.sources[index], self.image_size))
+            return index, to_tensor(self.load(self.sources[index], self.image_size))
         except UnreadableImageError as error:
             return index, Failure(name_of(self.sources, index), str(error))
+
+
+class ThreadedLoader:
+    """Batches read by threads, none ahead: where the model computes on the CPU, all cores read, then all compute.
+
+    Processes that read beside it would take turns with its threads, and copy every image once more.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_threads: int) -> None:
+        self.dataset = dataset
+        self.batches = torch.arange(len(dataset)).split(batch_size)
+        self.num_threads = num_threads
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
+        with ThreadPoolExecutor(self.num_threads) as pool:  # decoding and resizing let other threads run
+            for indices in self.batches:
+                yield _collate_images(list(pool.map(self.dataset.__getitem__, indices.tolist())))
 
 
 class ImageLoader:
@@ -48,15 +73,21 @@ class ImageLoader:
         batch_size: int,
         num_workers: int,
         device: torch.device,
+        load: Callable[..., Image.Image] = load_image,
     ) -> None:
-        self.loader = DataLoader(
-            ImageDataset(sources, image_size),
-            batch_size=batch_size,
-            collate_fn=_collate_images,
-            num_workers=usable_workers(num_workers) if len(sources) > batch_size else 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=start_worker,
-        )
+        dataset, num_workers = ImageDataset(sources, image_size, load), usable_workers(num_workers)
+        if device.type == "cpu":
+            self.loader = ThreadedLoader(dataset, batch_size, max(1, num_workers))
+        else:
+            self.loader = DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=_collate_images,
+                num_workers=num_workers if len(sources) > batch_size else 0,
+                pin_memory=True,
+                worker_init_fn=start_worker,
+                generator=torch.Generator(),  # torch's own is left as it is
+            )
         self.normalize = partial(normalize, mean=image_mean, std=image_std)
         self.device = device
         self.failures: list[Failure] = []

@@ -2,6 +2,7 @@
 
 from model.clip import CLIP
 from model.config import CLIPConfig, load_model_config
-from model.weights import TrainedCLIP, load_clip, load_weights, read_checkpoint
+from model.trained import TrainedCLIP
+from model.weights import load_clip, load_weights, read_checkpoint
 
 __all__ = ["CLIP", "CLIPConfig", "TrainedCLIP", "load_clip", "load_model_config", "load_weights", "read_checkpoint"]

@@ -1,6 +1,7 @@
 """CLIP: an image encoder and a text encoder that meet in one space (Radford et al. 2021)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from model.config import CLIPConfig
 from model.resnet import Bottleneck, ModifiedResNet
 from model.transformer import Transformer, VisionTransformer
+from utils.tokenizer import get_tokenizer
 
 INITIAL_TEMPERATURE = 0.07  # section 2.5
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # Zhai et al. 2023, section 3.2
@@ -79,6 +81,10 @@ class CLIP(nn.Module):
         if images.shape[1:] != (3, resolution, resolution):
             raise ValueError(f"images are {list(images.shape)}, the model takes [batch, 3, {resolution}, {resolution}]")
         return self.visual(images.contiguous(memory_format=torch.channels_last))
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids [num_texts, length] for `encode_text`; longer texts than context_length are cut."""
+        return get_tokenizer()(texts, context_length=self.config.context_length)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Encode token ids [batch, length], length up to context_length, to features [batch, embed_dim].

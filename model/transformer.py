@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
         """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
         width = x.shape[2]
-        row = x[torch.arange(len(x), device=x.device), positions]
+        row = x[torch.arange(x.shape[0], device=x.device), positions]
         q = F.linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
         kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
         q = q.unflatten(-1, (self.heads, -1))[:, :, None]  # [batch, heads, 1, 64]
@@ -80,7 +80,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
         """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
-        row = x[torch.arange(len(x), device=x.device), positions]
+        row = x[torch.arange(x.shape[0], device=x.device), positions]
         row = row + self.attn.forward_at(self.ln_1(x), positions, causal=causal)
         return row + self.mlp(self.ln_2(row))
 
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [batch, num_patches, width]
-        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding
-        first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        first = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return self.ln_post(self.transformer(self.ln_pre(x), first)) @ self.proj

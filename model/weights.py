@@ -8,13 +8,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.baseline import PREFIX, load_open_clip
 from model.clip import CLIP
 from model.config import CLIPConfig
+from model.trained import TrainedCLIP
 from utils.config import build_config
 from utils.errors import UserError
 
@@ -23,22 +25,17 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # in OpenAI's archives
 
 
-class TrainedCLIP(NamedTuple):
-    """A model, and the preprocessing that its images need."""
-
-    model: CLIP
-    image_mean: tuple[float, float, float]  # of RGB in [0, 1]
-    image_std: tuple[float, float, float]
-
-
 def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCLIP:
     """Load a checkpoint file, or the newest checkpoint of a directory: in eval mode, float32, on `device`.
 
     Takes our checkpoints; the reference's (weights under `model_state_dict`, preprocessed with COCO's mean and
     std); and state dicts in OpenAI's or open_clip's layout, bare or under `state_dict`, `module.` prefixes or not,
     in any float type (preprocessed with OpenAI's mean and std). Nothing but tensors and plain containers is
-    unpickled. Raises UserError if the file is missing, is no checkpoint, or its weights make no CLIP.
+    unpickled. `open_clip:MODEL/TAG` is a model of open_clip itself (`load_open_clip`). Raises UserError if the file is
+    missing, is no checkpoint, or its weights make no CLIP.
     """
+    if str(path).startswith(PREFIX):
+        return load_open_clip(str(path), device)
     path = _find(Path(path))
     checkpoint = read_checkpoint(path)
     state_dict = _state_dict(checkpoint, path)
@@ -57,7 +54,7 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
         mean, std = (COCO_MEAN, COCO_STD) if "model_state_dict" in checkpoint else (OPENAI_MEAN, OPENAI_STD)
     model = CLIP(config)
     load_weights(model, state_dict, path)
-    return TrainedCLIP(model.eval().to(device), tuple(mean), tuple(std))
+    return TrainedCLIP(model.eval().to(device), tuple(mean), tuple(std), str(path))
 
 
 def load_weights(model: CLIP, state_dict: Mapping[str, Tensor], source: str | Path) -> None:

@@ -140,7 +140,10 @@ def test_evaluation_on_folders_gives_the_accuracies_counted_by_hand(trained):
     result = json.loads((folder / "zero_shot_eval_output" / "labelled.json").read_text())
     assert (result["top1"], result["top5"], result["num_images"]) == (top1, top5, 40)
     text = (folder / "zero_shot_eval_output" / "labelled.txt").read_text().splitlines()
-    assert text[0] == f"Top-1 accuracy: {top1:.2f} %" and text[1] == f"Top-5 accuracy: {top5:.2f} %"
+    for line, key, value in zip(text, ("top1", "top5"), (top1, top5), strict=False):
+        low, high = result[f"{key}_interval_95"]
+        assert line == f"Top-{key[3]} accuracy: {value:.2f} %  (95 % interval {low:.2f} to {high:.2f})"
+        assert low < value < high
     assert [line.split(maxsplit=2)[2] for line in text[4:]] == [name.replace("_", " ") for name in names]
     assert 0 < top5 < 100
 

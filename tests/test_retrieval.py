@@ -2,37 +2,69 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.retrieval import retrieval_recall
+from utils.retrieval import fold_metrics, format_metrics, retrieval_metrics, retrieval_ranks, retrieval_recall
 
 
-def slow_recall(images, texts, image_of_text, k):
+def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of integers, so that similarities are exact and many of them equal; 1 or more captions an image."""
+    generator = torch.Generator().manual_seed(seed)
+    num_images = 1 + seed % 13
+    extra = torch.randint(num_images, (seed % 21,), generator=generator)
+    image_of_text = torch.cat([torch.arange(num_images), extra])
+    image_of_text = image_of_text[torch.randperm(len(image_of_text), generator=generator)]
+    images = torch.randint(-1, 2, (num_images, 4), generator=generator).float()
+    texts = torch.randint(-1, 2, (len(image_of_text), 4), generator=generator).float()
+    return images, texts, image_of_text
+
+
+def slow_ranks(images, texts, image_of_text) -> dict[str, list[int]]:
     """By sorting whole rows; of equal similarities the wrong one comes first."""
     similarities = (texts @ images.t()).tolist()
     owners = image_of_text.tolist()
-    hits = 0
+    text_to_image, image_to_text = [], []
     for row, owner in zip(similarities, owners, strict=True):
         order = sorted(range(len(row)), key=lambda image: (-row[image], image == owner))
-        hits += owner in order[:k]
-    text_to_image, hits = hits / len(owners), 0
+        text_to_image.append(order.index(owner))
     for image in range(len(images)):
         order = sorted(range(len(owners)), key=lambda text: (-similarities[text][image], owners[text] == image))
-        hits += any(owners[text] == image for text in order[:k])
-    return text_to_image, hits / len(images)
+        image_to_text.append(next(place for place, text in enumerate(order) if owners[text] == image))
+    return {"image_to_text": image_to_text, "text_to_image": text_to_image}
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("chunk_size", [3, 1024])
-def test_recall_equals_sorting_with_ties_and_any_number_of_captions(seed, chunk_size):
-    generator = torch.Generator().manual_seed(seed)
-    num_images = 12
-    image_of_text = torch.cat([torch.arange(num_images), torch.randint(num_images, (20,), generator=generator)])
-    # Integers, so that similarities are exact and many of them equal.
-    images = torch.randint(-1, 2, (num_images, 4), generator=generator).float()
-    texts = torch.randint(-1, 2, (len(image_of_text), 4), generator=generator).float()
-    recalls = retrieval_recall(images, texts, image_of_text, chunk_size=chunk_size)
-    for k in (1, 5, 10):
-        expected = slow_recall(images, texts, image_of_text, k)
-        assert (recalls[f"text_to_image_R@{k}"], recalls[f"image_to_text_R@{k}"]) == pytest.approx(expected)
+def torchmetrics_recall(preds: torch.Tensor, target: torch.Tensor, k: int) -> torch.Tensor:
+    """One query's share of relevant ones in the top k, as torchmetrics' `retrieval_recall` computes it."""
+    order = preds.topk(min(k, len(preds))).indices
+    return target[order].sum() / target.sum()
+
+
+@pytest.mark.parametrize("hundred", range(10))
+def test_metrics_equal_sorting_with_ties_on_a_thousand_cases(hundred):
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        case = random_case(seed)
+        expected = slow_ranks(*case)
+        ranks = retrieval_ranks(*case, chunk_size=1 + seed % 5)
+        metrics = retrieval_metrics(*case)
+        for name, values in expected.items():
+            assert getattr(ranks, name).tolist() == values
+            for k in (1, 5, 10):
+                assert metrics[f"{name}_R@{k}"] == pytest.approx(sum(rank < k for rank in values) / len(values))
+            middle = sorted(values)[len(values) // 2], sorted(values)[(len(values) - 1) // 2]
+            assert metrics[f"{name}_median_rank"] == pytest.approx(1 + sum(middle) / 2)
+
+
+@pytest.mark.parametrize("hundred", range(10))
+def test_recall_equals_torchmetrics_way_on_a_thousand_cases(hundred):
+    """There the wrong ones get a little more, so that ties are pessimistic; a hit is any share above 0."""
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        images, texts, image_of_text = random_case(seed)
+        recalls = retrieval_recall(images, texts, image_of_text)
+        is_own = image_of_text[None] == torch.arange(len(images))[:, None]
+        preds = images @ texts.t() + torch.where(is_own, 0.0, 0.5)
+        for k in (1, 5, 10):
+            hits = [torchmetrics_recall(row, own, k) > 0 for row, own in zip(preds, is_own, strict=True)]
+            assert recalls[f"image_to_text_R@{k}"] == pytest.approx(sum(hits).item() / len(hits))
+            shares = [torchmetrics_recall(row, own, k) for row, own in zip(preds.t(), is_own.t(), strict=True)]
+            assert recalls[f"text_to_image_R@{k}"] == pytest.approx(sum(shares).item() / len(shares))
 
 
 def test_perfect_features_give_one_and_equal_ones_zero():
@@ -42,7 +74,39 @@ def test_perfect_features_give_one_and_equal_ones_zero():
     assert set(retrieval_recall(torch.ones(30, 4), torch.ones(150, 4), image_of_text).values()) == {0.0}
 
 
+def test_features_that_are_not_numbers_find_nothing():
+    image_of_text = torch.arange(30).repeat_interleave(5)
+    nothing = torch.full((150, 4), torch.nan)
+    assert set(retrieval_recall(torch.ones(30, 4), nothing, image_of_text).values()) == {0.0}
+    assert set(retrieval_recall(nothing[:30], torch.ones(150, 4), image_of_text).values()) == {0.0}
+
+
 def test_the_order_of_captions_does_not_matter():
     images, texts, owners = torch.randn(10, 8), torch.randn(40, 8), torch.arange(10).repeat(4)
     order = torch.randperm(40)
     assert retrieval_recall(images, texts, owners) == retrieval_recall(images, texts[order], owners[order])
+
+
+def test_folds_are_means_over_a_thousand_images_each():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2500, 8, generator=generator)
+    image_of_text = torch.randperm(2500, generator=generator).repeat(2)
+    texts = images[image_of_text] + torch.randn(5000, 8, generator=generator)
+    metrics, num_folds = fold_metrics(images, texts, image_of_text)
+    assert num_folds == 2
+    parts = []
+    for start in (0, 1000):
+        own = [text for text, image in enumerate(image_of_text.tolist()) if start <= image < start + 1000]
+        parts.append(retrieval_metrics(images[start : start + 1000], texts[own], image_of_text[own] - start))
+    assert metrics == pytest.approx({key: (parts[0][key] + parts[1][key]) / 2 for key in metrics})
+    assert metrics["text_to_image_R@1"] > retrieval_metrics(images, texts, image_of_text)["text_to_image_R@1"]
+
+
+def test_the_table_has_recalls_in_percent_and_the_median_rank():
+    metrics = {f"{way}_R@{k}": k / 100 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert "median" not in format_metrics(metrics)
+    lines = format_metrics(
+        {**metrics, "image_to_text_median_rank": 12.5, "text_to_image_median_rank": 3.0}
+    ).splitlines()
+    assert lines[1].split() == ["image", "to", "text", "1.0%", "5.0%", "10.0%", "median", "rank", "12.5"]
+    assert lines[2].endswith("median rank 3")

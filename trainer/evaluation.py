@@ -1,6 +1,7 @@
 """Images and captions through a trained model, and what retrieval makes of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from dataloader.captions import CaptionSet
 from dataloader.image_loader import ImageLoader
 from model import TrainedCLIP
 from utils.images import ImageSource
-from utils.retrieval import retrieval_recall
-from utils.zero_shot import encode_images, encode_texts
+from utils.retrieval import format_metrics, retrieval_recall
+from utils.zero_shot import encode_images
 
 
 def encode_sources(
@@ -31,10 +32,34 @@ def encode_sources(
         batch_size=batch_size,
         num_workers=num_workers,
         device=clip.model.logit_scale.device,
+        load=clip.load,
     )
     bar = tqdm(loader, "encoding images", unit="batch", disable=None, leave=False)
     indices, features = encode_images(clip.model, bar)
     return indices, features, loader.failures
+
+
+class CaptionFeatures(NamedTuple):
+    """The features of a captioned set's readable images and all their captions."""
+
+    images: Tensor  # float32 [num_images, embed_dim], L2-normalized
+    texts: Tensor  # float32 [num_texts, embed_dim], L2-normalized
+    image_of_text: Tensor  # int64 [num_texts], each text's row in `images`
+
+
+def encode_captions(
+    clip: TrainedCLIP, caption_set: CaptionSet, *, batch_size: int, num_workers: int
+) -> tuple[CaptionFeatures, list[int], list[Failure]]:
+    """Encode the images of `caption_set` and their captions.
+
+    Returns the features, the numbers of the images that could be read, in the order of the features, and the others.
+    """
+    sources = caption_set.shards or [image.path for image in caption_set.images]
+    indices, image_features, failures = encode_sources(clip, sources, batch_size=batch_size, num_workers=num_workers)
+    captions = [caption_set.images[index].captions for index in indices.tolist()]
+    text_features = clip.encode_text([caption for own in captions for caption in own])
+    image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=indices.device)
+    return CaptionFeatures(image_features, text_features, image_of_text), indices.tolist(), failures
 
 
 def evaluate_retrieval(
@@ -45,19 +70,11 @@ def evaluate_retrieval(
     Unreadable images are left out with their captions. Call it with the bare model, which is set to eval mode.
     """
     clip.model.eval()
-    sources = val_set.shards or [image.path for image in val_set.images]
-    indices, image_features, _ = encode_sources(clip, sources, batch_size=batch_size, num_workers=num_workers)
-    captions = [val_set.images[index].captions for index in indices.tolist()]
-    text_features = encode_texts(clip.model, [caption for own in captions for caption in own])
-    image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=indices.device)
-    return retrieval_recall(image_features, text_features, image_of_text)
+    features, _, _ = encode_captions(clip, val_set, batch_size=batch_size, num_workers=num_workers)
+    return retrieval_recall(*features)
 
 
 def describe_recall(recalls: dict[str, float], val_set: CaptionSet) -> str:
     """Return the recalls as a small table of percentages."""
-    lines = [f"retrieval on {len(val_set.images):,} held-out images, {val_set.num_captions:,} captions"]
-    lines += [f"{'':<15} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
-    for direction in ("text_to_image", "image_to_text"):
-        figures = [f"{100 * recalls[f'{direction}_R@{k}']:6.1f}%" for k in (1, 5, 10)]
-        lines.append(f"{direction.replace('_', ' '):<15} {' '.join(figures)}")
-    return "\n".join(lines)
+    title = f"retrieval on {len(val_set.images):,} held-out images, {val_set.num_captions:,} captions"
+    return f"{title}\n{format_metrics(recalls)}"

@@ -35,10 +35,17 @@ class UnreadableImageError(Exception):
     """An image file that cannot be decoded; the message says why, in a few words."""
 
 
-def load_image(source: ImageSource, size: int) -> Image.Image:
-    """Return the image as upright RGB, short side resized to `size` pixels (bicubic), centre crop `size` x `size`.
+def load_image(
+    source: ImageSource,
+    size: int,
+    *,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    is_squashed: bool = False,
+) -> Image.Image:
+    """Return the image as upright RGB, short side resized to `size` pixels, centre crop `size` x `size`.
 
-    Equal, bit for bit, to torchvision's `Resize` and `CenterCrop` on the decoded file. Raises UnreadableImageError.
+    Equal, bit for bit, to torchvision's `Resize` and `CenterCrop` on the decoded file. With `is_squashed` both sides
+    are resized, and nothing is cropped. Raises UnreadableImageError.
     """
     with _unreadable():
         image = source if isinstance(source, Image.Image) else _open(source)
@@ -47,7 +54,7 @@ def load_image(source: ImageSource, size: int) -> Image.Image:
         if max(image.size) > MAX_ASPECT * min(image.size):
             top, left, height, width = _central_part(image.height, image.width)
             image = image.crop((left, top, left + width, top + height))
-    image = image.resize(_resized(*image.size, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, size) if is_squashed else _resized(*image.size, size), resample)
     if orientation is not None:
         image = image.transpose(orientation)
     left, top = (round((side - size) / 2) for side in image.size)

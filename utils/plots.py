@@ -5,17 +5,20 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.text import printable
 
 matplotlib.use("Agg")  # files only: no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 INK, GRID, ACCENT, QUIET = "#22303c", "#e3e7ea", "#2f7ed8", "#b9c6d2"
+RIGHT = "#2a9d4a"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -113,19 +116,146 @@ def plot_similarity(
     return _save(figure, path)
 
 
+@plt.rc_context(STYLE)
+def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path, *, title: str) -> Path:
+    """Draw what the images of each class (a row) were taken for (a column), and list the most frequent confusions.
+
+    `confusion`: counts, int64 [num_classes, num_classes]. Of more than 200 classes, neighbours are drawn together.
+    """
+    num_classes = len(classnames)
+    block = math.ceil(num_classes / 200)
+    starts = np.arange(0, num_classes, block)
+    counts = np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+    side = min(20.0, max(4.5, 0.1 * len(starts)))  # inches
+    figure = plt.figure(figsize=(side + 5.6, side + 2.2), layout="constrained")
+    axes, panel = figure.subplots(1, 2, width_ratios=[side + 1.2, 4.4])
+    image = axes.imshow(shares, cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, 0, 100), interpolation="nearest")
+    shown = range(0, len(starts), 1 if block == 1 else 4)
+    names = [_shorten(classnames[starts[place]], 24) for place in shown]
+    size = min(9.0, 0.62 * 72 * side / len(names))  # points: lines of text, as high as the rows
+    axes.set_yticks(shown, names, fontsize=size)
+    axes.set_xticks(shown, names, fontsize=size, rotation=90)
+    axes.tick_params(length=0 if block == 1 else 3, pad=2)
+    if num_classes <= 20:
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 40 else INK)
+    axes.set(xlabel="taken for", ylabel="class", anchor="N")
+    axes.set_title(title, loc="left")
+
+    panel.axis("off")
+    panel.set_title("most frequent confusions", loc="left")
+    panel.text(0, 1, "\n".join(_list_confusions(confusion, classnames)), va="top", linespacing=1.5)
+    colours = panel.inset_axes([0.02, 0.45 / side, 0.6, 0.12 / side])
+    figure.colorbar(image, cax=colours, orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
+    colours.set_xlabel(f"% of the images of {'a class' if block == 1 else f'{block} neighbouring classes'}")
+    return _save(figure, path, bbox_inches="tight")
+
+
+def _list_confusions(confusion: np.ndarray, classnames: Sequence[str]) -> list[str]:
+    """Return a line for each of the 18 most frequent confusions, by their share of the class's images."""
+    wrong = np.where(np.eye(len(classnames), dtype=bool), 0, confusion)
+    shares = 100 * wrong / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    order = np.lexsort((-wrong.ravel(), -shares.ravel()))[:18]
+    return [
+        f"{shares[row, column]:3.0f}".replace(" ", "\N{FIGURE SPACE}")
+        + f" %  {_shorten(classnames[row], 22)} \N{RIGHTWARDS ARROW} {_shorten(classnames[column], 22)}"
+        for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        if wrong[row, column]
+    ]
+
+
+@plt.rc_context(STYLE)
+def plot_class_accuracies(
+    classes: Sequence[tuple[str, float]], path: Path, *, title: str, average: float, num_shown: int = 20
+) -> Path:
+    """Draw the best and the worst of (class name, top-1 accuracy in %) pairs as bars, with the average over images."""
+    ordered = sorted(classes, key=lambda entry: -entry[1])
+    if len(ordered) <= 2 * num_shown:
+        parts = {"": ordered}
+    else:
+        parts = {f"the {num_shown} best": ordered[:num_shown], f"the {num_shown} worst": ordered[-num_shown:]}
+    rows = max(map(len, parts.values()))
+    figure = plt.figure(figsize=(5.4 * len(parts), 0.9 + 0.2 * rows), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    for axes, (part, entries) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
+        values = [value for _, value in entries]
+        axes.barh(range(len(entries)), values, height=0.68, color=[ACCENT if v >= average else QUIET for v in values])
+        axes.set_yticks(range(len(entries)), [_shorten(name, 28) for name, _ in entries], fontsize=8)
+        for row, value in enumerate(values):
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the dashed line
+            axes.text(value + 1, row, f"{value:.0f}", va="center", fontsize=7, bbox=box, zorder=3)
+        axes.axvline(average, color=INK, linestyle="--", linewidth=0.8)
+        axes.set(xlim=(0, 105), ylim=(rows - 0.4, -0.6), xlabel="top-1 accuracy, % (dashed: of all images)")
+        axes.set_title(part, loc="left", fontsize=9)
+        axes.tick_params(axis="y", length=0)
+    return _save(figure, path)
+
+
+class Match(NamedTuple):
+    """One of the nearest to a query."""
+
+    item: Image.Image | str
+    similarity: float
+    is_right: bool
+
+
+@plt.rc_context(STYLE)
+def plot_retrieval(
+    text_queries: Sequence[tuple[str, Sequence[Match]]],
+    image_queries: Sequence[tuple[Image.Image, Sequence[Match]]],
+    path: Path,
+) -> Path:
+    """Draw captions with their nearest images, the right one framed, and images with their nearest captions."""
+    num_columns = 1 + max(len(matches) for _, matches in text_queries)
+    heights = [1.45] * len(text_queries) + [1.45] * len(image_queries)
+    figure = plt.figure(figsize=(2.6 + 1.45 * (num_columns - 1), sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.05, hspace=0, wspace=0)
+    grid = figure.add_gridspec(len(heights), num_columns, width_ratios=[1.7] + [1] * (num_columns - 1))
+    for row, (text, matches) in enumerate(text_queries):
+        label = figure.add_subplot(grid[row, 0])
+        label.axis("off")
+        label.text(0, 0.5, _wrap(text, 30), va="center", transform=label.transAxes)
+        for column, match in enumerate(matches, start=1):
+            _draw_match(figure.add_subplot(grid[row, column]), match)
+    for row, (image, matches) in enumerate(image_queries, start=len(text_queries)):
+        picture = figure.add_subplot(grid[row, 0])
+        picture.imshow(image)
+        picture.axis("off")
+        captions = figure.add_subplot(grid[row, 1:])
+        captions.axis("off")
+        for place, match in enumerate(matches):
+            y = 1 - (place + 0.5) / len(matches)
+            frame = {"facecolor": "none", "edgecolor": RIGHT, "linewidth": 1.6, "pad": 2.5} if match.is_right else None
+            text = f"{match.similarity:.2f}   {_shorten(str(match.item), 88)}"
+            captions.text(0.01, y, text, va="center", transform=captions.transAxes, bbox=frame)
+    figure.supxlabel("framed: right. The numbers are cosine similarities.", fontsize=8, color=INK)
+    return _save(figure, path)
+
+
+def _draw_match(axes: plt.Axes, match: Match) -> None:
+    axes.imshow(match.item)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(visible=True, color=RIGHT if match.is_right else GRID, linewidth=3.5 if match.is_right else 0.8)
+    axes.set_xlabel(f"{match.similarity:.2f}", fontsize=8, labelpad=2, color=RIGHT if match.is_right else INK)
+
+
 def _shorten(text: str, length: int) -> str:
+    text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(_shorten(text, 110), 38))
+def _wrap(text: str, width: int = 38) -> str:
+    return "\n".join(textwrap.wrap(_shorten(text, 110), width))
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
-    """Write the figure and return its path. Raises UserError if it cannot be written."""
+def _save(figure: plt.Figure, path: Path, **options: str) -> Path:
+    """Write the figure and return its path, with `savefig`'s options. Raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, **options)
     except OSError as error:
         raise UserError(f"the figure {path} cannot be written ({error.strerror})") from None
     finally:

@@ -1,12 +1,49 @@
-"""Image-text retrieval recall with any number of captions an image."""
+"""Image-text retrieval with any number of captions an image: ranks, recall, COCO's folds, nearest neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+FOLD_SIZE = 1000  # images, as in COCO's "1k" protocol (Karpathy & Fei-Fei 2015, section 4.1)
 
-@torch.inference_mode()
+
+class RetrievalRanks(NamedTuple):
+    """How many wrong ones are as similar as, or more similar than, the right one; 0 is best."""
+
+    image_to_text: Tensor  # int64 [num_images], to the best of an image's own texts
+    text_to_image: Tensor  # int64 [num_texts]
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, chunk_size: int = 1024
+) -> RetrievalRanks:
+    """Rank every image's texts and every text's image.
+
+    `image_features`: [num_images, embed_dim], `text_features`: [num_texts, embed_dim], L2-normalized;
+    `image_of_text`: int64 [num_texts], each text's row in `image_features`. Of equal similarities the wrong one counts
+    as first, and so does one that is not a number. Computed in chunks, so that no num_images x num_texts matrix is
+    held.
+    """
+    text_ranks = []
+    for texts, owners in zip(text_features.split(chunk_size), image_of_text.split(chunk_size), strict=True):
+        similarities = texts @ image_features.t()
+        own = similarities.gather(1, owners[:, None])
+        text_ranks.append((~(similarities < own)).sum(dim=1) - 1)  # its own image is among them
+
+    image_ranks = []
+    for start in range(0, len(image_features), chunk_size):
+        images = image_features[start : start + chunk_size]
+        rows = torch.arange(start, start + len(images), device=images.device)
+        similarities = images @ text_features.t()
+        is_own = image_of_text[None, :] == rows[:, None]
+        best_own = similarities.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
+        image_ranks.append((~(similarities < best_own) & ~is_own).sum(dim=1))
+    return RetrievalRanks(torch.cat(image_ranks), torch.cat(text_ranks))
+
+
 def retrieval_recall(
     image_features: Tensor,
     text_features: Tensor,
@@ -17,30 +54,49 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Return recall@k in [0, 1] both ways, e.g. {"text_to_image_R@1": 0.31, "image_to_text_R@1": 0.42, ...}.
 
-    `image_features`: [num_images, embed_dim], `text_features`: [num_texts, embed_dim], L2-normalized;
-    `image_of_text`: int64 [num_texts], each text's row in `image_features`. A text is a hit if its image is among
-    its k most similar; an image if any one of its texts is. Of equal similarities the wrong one counts as first.
-    Computed in chunks, so that no num_images x num_texts matrix is held.
+    A text is a hit if its image is among its k most similar; an image if any one of its texts is. The tensors are
+    those of `retrieval_ranks`.
     """
-    text_ranks = []
-    for texts, owners in zip(text_features.split(chunk_size), image_of_text.split(chunk_size), strict=True):
-        similarities = texts @ image_features.t()
-        own = similarities.gather(1, owners[:, None])
-        text_ranks.append((similarities >= own).sum(dim=1) - 1)  # its own image is among them
+    ranks = retrieval_ranks(image_features, text_features, image_of_text, chunk_size=chunk_size)
+    return _recalls(ranks, ks)
 
-    image_ranks = []
-    for start in range(0, len(image_features), chunk_size):
-        images = image_features[start : start + chunk_size]
-        rows = torch.arange(start, start + len(images), device=images.device)
-        similarities = images @ text_features.t()
-        is_own = image_of_text[None, :] == rows[:, None]
-        best_own = similarities.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
-        image_ranks.append(((similarities >= best_own) & ~is_own).sum(dim=1))
 
-    recalls = {}
-    for direction, ranks in (
-        ("text_to_image", torch.cat(text_ranks)),
-        ("image_to_text", torch.cat(image_ranks)),
-    ):
-        recalls |= {f"{direction}_R@{k}": (ranks < k).float().mean().item() for k in ks}
-    return recalls
+def retrieval_metrics(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Return what `retrieval_recall` does, and the median ranks, counted from 1, as "text_to_image_median_rank"."""
+    ranks = retrieval_ranks(image_features, text_features, image_of_text)
+    medians = {f"{name}_median_rank": 1 + values.double().quantile(0.5).item() for name, values in _named(ranks)}
+    return _recalls(ranks, ks) | medians
+
+
+def fold_metrics(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> tuple[dict[str, float], int]:
+    """Return the means of `retrieval_metrics` over folds of 1,000 images and their texts, and how many folds there are.
+
+    The folds are in the order of the images; what is left over is not counted. There must be one at least.
+    """
+    folds = []
+    for start in range(0, len(image_features) - FOLD_SIZE + 1, FOLD_SIZE):
+        is_in = (image_of_text >= start) & (image_of_text < start + FOLD_SIZE)
+        images = image_features[start : start + FOLD_SIZE]
+        folds.append(retrieval_metrics(images, text_features[is_in], image_of_text[is_in] - start))
+    return {key: sum(fold[key] for fold in folds) / len(folds) for key in folds[0]}, len(folds)
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Return recall@1, 5 and 10 both ways, in %, and the median ranks if there are any, as a small table."""
+    lines = [f"{'':<15} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
+    for name in RetrievalRanks._fields:
+        figures = [f"{100 * metrics[f'{name}_R@{k}']:6.1f}%" for k in (1, 5, 10)]
+        median = metrics.get(f"{name}_median_rank")
+        figures += [] if median is None else [f"  median rank {median:g}"]
+        lines.append(f"{name.replace('_', ' '):<15} {' '.join(figures)}")
+    return "\n".join(lines)
+
+
+def _recalls(ranks: RetrievalRanks, ks: Sequence[int]) -> dict[str, float]:
+    return {f"{name}_R@{k}": (values < k).float().mean().item() for name, values in _named(ranks) for k in ks}
+
+
+def _named(ranks: RetrievalRanks) -> Iterable[tuple[str, Tensor]]:
+    return ranks._asdict().items()

@@ -4,8 +4,6 @@ import gzip
 import html
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from tokenizers.models import BPE
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.packages import package_file
 
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 NUM_MERGES = 49152 - 256 - 2  # of the file's 262,144
@@ -76,14 +74,8 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def get_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer from the vocabulary in the installed `open_clip_torch`; raises UserError if it is absent.
-
-    The package is located, not imported: its import takes seconds.
-    """
-    package = find_spec("open_clip")
-    file = Path(package.origin).with_name(VOCABULARY_FILE) if package and package.origin else None
-    if file is None or not file.is_file():
-        raise UserError(f"the tokenizer's {VOCABULARY_FILE} is not found; pip install -r requirements.txt")
+    """Build the tokenizer from the vocabulary in the installed `open_clip_torch`; raises UserError if it is absent."""
+    file = package_file("open_clip", VOCABULARY_FILE)
     with gzip.open(file, mode="rt", encoding="utf-8") as lines:
         next(lines)  # a version line
         return CLIPTokenizer([tuple(next(lines).split()) for _ in range(NUM_MERGES)])

@@ -1,0 +1,185 @@
+"""Images and prompts a second of a zero-shot evaluation, by this project's way and its peers'.
+
+python -m benchmarks.zero_shot [--model RN50] [--img_dir DIR] [--json FILE] [--png FILE]
+
+Three tables: images from memory, as CIFAR's are; photographs from files, COCO's from CLIP_TEST_DATA without --img_dir;
+and prompts, ImageNet's names in OpenAI's templates. The rows of each:
+  reference     one at a time: Pillow and torchvision's transform, a batch of 1; texts padded to 77 tokens
+  project       what zero_shot_eval.py does
+  open_clip     its model, its preprocessing in a DataLoader, batches; its tokenizer, texts padded to 77 tokens
+  bare_forward  the project's model on batches that are ready
+  bare_loading  images alone: preprocessing on this core, no model
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks.common import Row, add_output_flags, measure_rates, report, to_rows
+from model import CLIP, TrainedCLIP, load_model_config
+from trainer.evaluation import encode_sources
+from utils import imagenet
+from utils.errors import UserError, run_script
+from utils.export import open_clip_config
+from utils.images import ImageSource, find_images, load_image, normalize, to_tensor
+from utils.zero_shot import encode_texts
+
+MEAN, STD = (0.4225, 0.4012, 0.3659), (0.2681, 0.2635, 0.2763)
+BATCH_SIZE, TEXTS_AT_ONCE = 128, 512
+Work = Callable[[], int]
+
+
+class Preprocessed(Dataset):
+    """Images through a transform of torchvision's."""
+
+    def __init__(self, sources: list[ImageSource], transform: Callable) -> None:
+        self.sources = sources
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        source = self.sources[index]
+        return self.transform(source if isinstance(source, Image.Image) else Image.open(source))
+
+
+def image_rows(clip: TrainedCLIP, peer: nn.Module, sources: list[ImageSource], workers: int) -> dict[str, Work]:
+    """Return the rows that encode images."""
+    size = clip.model.config.image_resolution
+    preprocess = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD)
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    one_by_one = Preprocessed(
+        sources,
+        transforms.Compose(
+            [
+                resize,
+                transforms.CenterCrop(size),
+                lambda image: image.convert("RGB"),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        ),
+    )
+    numbers = cycle(range(len(sources)))
+    some = sources[:BATCH_SIZE]
+    ready = normalize(torch.stack([to_tensor(load_image(source, size)) for source in some]), MEAN, STD)
+
+    def reference() -> int:
+        F.normalize(peer.encode_image(one_by_one[next(numbers)][None]), dim=-1)
+        return 1
+
+    def project() -> int:
+        encode_sources(clip, sources, batch_size=BATCH_SIZE, num_workers=workers)
+        return len(sources)
+
+    def peers() -> int:
+        loader = DataLoader(Preprocessed(sources, preprocess), batch_size=BATCH_SIZE, num_workers=workers)
+        return sum(len(peer.encode_image(images, normalize=True)) for images in loader)
+
+    def bare_forward() -> int:
+        return len(F.normalize(clip.model.encode_image(ready), dim=-1))
+
+    def bare_loading() -> int:
+        to_tensor(load_image(sources[next(numbers)], size))
+        return 1
+
+    return {
+        "reference": reference,
+        "project": project,
+        "open_clip": peers,
+        "bare_forward": bare_forward,
+        "bare_loading": bare_loading,
+    }
+
+
+def text_rows(clip: TrainedCLIP, peer: nn.Module, texts: list[str]) -> dict[str, Work]:
+    """Return the rows that encode prompts."""
+    tokenizer = open_clip.get_tokenizer("RN50")
+    ordered = sorted(texts, key=len)
+    ready = [
+        clip.model.tokenize(ordered[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)
+    ]
+    endless = cycle(texts)
+
+    def reference() -> int:
+        F.normalize(peer.encode_text(tokenizer([next(endless)])), dim=-1)
+        return 1
+
+    def project() -> int:
+        return len(encode_texts(clip.model, texts, batch_size=TEXTS_AT_ONCE))
+
+    def peers() -> int:
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            peer.encode_text(tokenizer(texts[start : start + TEXTS_AT_ONCE]), normalize=True)
+        return len(texts)
+
+    def bare_forward() -> int:
+        return sum(len(F.normalize(clip.model.encode_text(tokens), dim=-1)) for tokens in ready)
+
+    return {"reference": reference, "project": project, "open_clip": peers, "bare_forward": bare_forward}
+
+
+def cifar_like(count: int) -> Iterator[Image.Image]:
+    """Make pictures of CIFAR's size."""
+    for pixels in np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8):
+        yield Image.fromarray(pixels)
+
+
+def photographs(img_dir: Path | None) -> list[Path]:
+    if img_dir:
+        return find_images(img_dir)
+    folder = os.environ.get("CLIP_TEST_DATA")
+    if not folder:
+        raise UserError("give --img_dir, or set CLIP_TEST_DATA")
+    return [file for part in ("train2017", "val2017") for file in find_images(Path(folder) / "coco_mini" / part)]
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="RN-small", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--img_dir", type=Path, metavar="DIR")
+    parser.add_argument("--num_images", type=int, default=2048, metavar="N", help="of a pass (default: %(default)s)")
+    parser.add_argument("--num_texts", type=int, default=2048, metavar="N", help="of a pass (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="one a core at most (default: 4)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each row in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    add_output_flags(parser)
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    config = load_model_config([("name", args.model)])
+    clip = TrainedCLIP(CLIP(config).eval(), MEAN, STD)
+    peer = open_clip.CLIP(**open_clip_config(config)).eval()
+    peer.load_state_dict(clip.model.state_dict())
+    many = (photographs(args.img_dir) * args.num_images)[: args.num_images]
+    names, templates = imagenet.classnames().values(), imagenet.templates("openai")
+    texts = [template.replace("{}", name) for name in names for template in templates][:: 80_000 // args.num_texts]
+    workers = min(args.num_workers, os.cpu_count() or 1)
+
+    tables = {
+        "images from memory": (image_rows(clip, peer, list(cifar_like(args.num_images)), workers), "images/s"),
+        "photographs from files": (image_rows(clip, peer, many, workers), "images/s"),
+        "prompts": (text_rows(clip, peer, texts), "prompts/s"),
+    }
+    rows: list[Row] = []
+    for title, (works, unit) in tables.items():
+        part = to_rows(measure_rates(works, seconds=args.seconds, rounds=args.rounds), unit)
+        rows += [row._replace(name=f"{title}: {row.name}") for row in part]
+    report(rows, f"Zero-shot evaluation with {args.model}", args)
+
+
+if __name__ == "__main__":
+    run_script(main)

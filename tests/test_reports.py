@@ -1,0 +1,260 @@
+"""zero_shot_eval.py and zero_shot_demo.py: what they write, for any data and any names."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zero_shot_demo
+import zero_shot_eval
+from dataloader.captions import read_captions
+from model import CLIP, load_clip
+from tests.conftest import TINY, make_captions
+from tests.test_imagenet import make_set
+from trainer.evaluation import evaluate_retrieval
+from utils import imagenet
+from utils.errors import UserError
+
+HOSTILE = [
+    "../../escape",
+    "$x_1$ & <b>",
+    "two\nlines",
+    "\u202egnp.exe",
+    "שלום עולם",
+    "\x1b[31mred",
+    "a" * 300,
+    "%s {} \\",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """The working directory, with two checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    for seed, run in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        (tmp_path / run).mkdir()
+        torch.save({"model_state_dict": CLIP(TINY).state_dict()}, tmp_path / run / "checkpoint_0_1.pt")
+    return tmp_path
+
+
+def evaluate(*flags: object, checkpoint: str = "first") -> None:
+    zero_shot_eval.main(["--checkpoint_path", checkpoint, *map(str, flags)])
+
+
+def result(name: str) -> dict:
+    return json.loads(Path("zero_shot_eval_output", f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_imagenet_a_is_told_apart_among_its_own_classes(folder: Path, capsys):
+    ids = imagenet.subset_ids("A")
+    data_dir = make_set(folder / "imagenet-a", [ids[0], ids[7], ids[199]])
+    evaluate("--dataset_type", "imagenet", "--data_dir", data_dir, "--templates", "simple")
+    content = result("imagenet-a")
+    assert (content["dataset"], content["num_images"], content["num_classes"]) == ("ImageNet-A", 3, 200)
+    assert content["num_templates"] == 7 and content["chance_top1"] == 0.5
+    assert [row["id"] for row in content["classes"]] == ids
+    assert [row["num_images"] for row in content["classes"] if row["num_images"]] == [1, 1, 1]
+    table = Path("zero_shot_eval_output/imagenet-a.txt").read_text().splitlines()
+    assert len(table) == 204 and table[4].split(maxsplit=2)[2] == f"{imagenet.classnames()[ids[0]]}  {ids[0]}"
+    for picture in ("confusion", "classes"):
+        assert Image.open(f"zero_shot_eval_output/imagenet-a_{picture}.png").size[0] > 500
+    assert "ImageNet-A: 3 images of 200 classes" in capsys.readouterr().out
+
+
+def test_imagenets_default_are_the_80_templates_and_others_have_one(folder: Path, monkeypatch):
+    asked = []
+
+    class StopError(Exception):
+        pass
+
+    def build_classifier(model, classnames, templates, cache_dir):
+        asked.append((len(classnames), len(templates)))
+        raise StopError
+
+    monkeypatch.setattr(zero_shot_eval, "build_classifier", build_classifier)
+    make_set(folder / "val", ["n01440764"])
+    for kind in ("imagenet", "folder"):
+        names = ["--class_names", "fish"] if kind == "folder" else []
+        with pytest.raises(StopError):
+            evaluate("--dataset_type", kind, "--data_dir", "val", *names)
+    assert asked == [(1000, 80), (1, 1)]
+
+
+def test_retrieval_writes_what_evaluate_retrieval_measures(folder: Path, capsys):
+    img_dir, annotation_file = make_captions(folder / "data")
+    (img_dir / "000000000003.png").write_bytes(b"x")
+    evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", annotation_file)
+    content = result("captions")
+    recalls = evaluate_retrieval(
+        load_clip("first"), read_captions(img_dir, annotation_file), batch_size=7, num_workers=0
+    )
+    assert {key: content[key] for key in recalls} == pytest.approx(recalls)
+    assert (content["num_images"], content["num_captions"], content["skipped_images"]) == (23, 46, 1)
+    assert 1 <= content["image_to_text_median_rank"] <= 46 and "folds" not in content
+    text = Path("zero_shot_eval_output/captions.txt").read_text()
+    assert text.startswith("23 images, 46 captions\n") and text.count("median rank") == 2
+    assert "skipped" in capsys.readouterr().out
+    assert Image.open("zero_shot_eval_output/captions.png").size[0] > 500
+
+
+def test_karpathys_test_split_is_what_is_measured(folder: Path):
+    img_dir, _ = make_captions(folder / "data", num_images=6)
+    images = [
+        {"filename": file.name, "split": split, "sentences": [{"raw": f"picture {number}"}]}
+        for number, (file, split) in enumerate(
+            zip(sorted(img_dir.iterdir()), ["train", "test", "val", "test", "test", "restval"], strict=True)
+        )
+    ]
+    (folder / "dataset_tiny.json").write_text(json.dumps({"images": images}))
+    evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", "dataset_tiny.json")
+    assert result("dataset_tiny")["num_images"] == 3
+
+
+def test_more_than_a_thousand_images_are_measured_in_folds_too(folder: Path):
+    from trainer.evaluation import CaptionFeatures
+    from trainer.reports import write_retrieval
+
+    dataset = read_captions(*make_captions(folder / "data", num_images=4))
+    dataset = dataset._replace(images=dataset.images * 501)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2004, 8, generator=generator)
+    image_of_text = torch.arange(2004).repeat_interleave(2)
+    features = CaptionFeatures(images, images[image_of_text] + torch.randn(4008, 8, generator=generator), image_of_text)
+    Path("out").mkdir()
+    write_retrieval(Path("out/many"), features, dataset, range(2004), {})
+    content = json.loads(Path("out/many.json").read_text())
+    assert content["folds"]["num_folds"] == 2
+    assert content["folds"]["text_to_image_R@1"] > content["text_to_image_R@1"]
+    assert "mean over 2 folds of 1,000 images" in Path("out/many.txt").read_text()
+
+
+def test_compared_models_share_a_table_and_overwrite_nothing(folder: Path, capsys):
+    for name in ("apple", "bus"):
+        (folder / "set" / name).mkdir(parents=True)
+        Image.effect_noise((40, 40), 50).save(folder / "set" / name / "1.png")
+    flags = ["--dataset_type", "folder", "--data_dir", "set"]
+    evaluate(*flags)
+    before = Path("zero_shot_eval_output/set.txt").read_bytes()
+    zero_shot_eval.main(["--compare", "first/checkpoint_0_1.pt", "second", *flags])
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].split() == ["top-1", "%", "top-5", "%"]
+    assert [row.split()[0] for row in table[1:]] == ["checkpoint_0_1", "second"]
+    assert result("set-checkpoint_0_1")["checkpoint"] == "first/checkpoint_0_1.pt"
+    assert result("set-second")["checkpoint"] == "second/checkpoint_0_1.pt"
+    assert Path("zero_shot_eval_output/set.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "labels"),
+    [
+        (["a/checkpoint_1_2.pt", "b/checkpoint_1_3.pt"], ["checkpoint_1_2", "checkpoint_1_3"]),
+        (["a/saved/c.pt", "b/saved/c.pt"], ["a-saved-c", "b-saved-c"]),
+        (["open_clip:RN50/openai", "open_clip:RN50/cc12m"], ["RN50-openai", "RN50-cc12m"]),
+        (["open_clip:RN50/../x/y z.pt", "runs/v1.0"], ["RN50-y-z", "v1.0"]),
+    ],
+)
+def test_models_are_called_by_what_tells_them_apart(checkpoints, labels):
+    assert zero_shot_eval.label_models(checkpoints) == labels
+
+
+def test_a_model_given_twice_is_refused():
+    with pytest.raises(UserError, match="given twice"):
+        zero_shot_eval.label_models(["a/c.pt", "./a/c.pt"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset_type", "folder", "--annotation_file", "a.json"],
+        ["--dataset_type", "retrieval", "--templates", "single"],
+        ["--dataset_type", "imagenet", "--class_names", "a"],
+        ["--dataset_type", "folder", "--compare", "x"],
+        ["--dataset_type", "folder", "--batch_size", "0"],
+    ],
+)
+def test_flags_without_an_effect_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        evaluate("--data_dir", ".", *flags)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(folder: Path, monkeypatch):
+    Path("zero_shot_eval_output").touch()
+    make_set(folder / "set", ["apple"])
+    monkeypatch.setattr(zero_shot_eval, "encode_sources", None)
+    with pytest.raises(UserError, match="zero_shot_eval_output/ cannot be written"):
+        evaluate("--dataset_type", "folder", "--data_dir", "set")
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_hostile_class_names_stay_in_their_place(folder: Path, capsys):
+    work = folder / "work"
+    data_dir = make_set(work / "set", [f"class{number}" for number in range(len(HOSTILE))])
+    before = files_of(folder)
+    flags = ["--class_names", *HOSTILE]
+    evaluate("--dataset_type", "folder", "--data_dir", data_dir, *flags)
+    zero_shot_demo.main(
+        ["--checkpoint_path", "first", "--img_dir", str(data_dir / "class0"), "--show_predictions", *flags]
+    )
+    written = files_of(folder) - before
+    assert {Path(file).parts[0] for file in written} == {"zero_shot_eval_output", "demo_output"}
+    assert len(Path("zero_shot_eval_output/set.txt").read_text(encoding="utf-8").splitlines()) == 4 + len(HOSTILE)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\u202e" not in printed
+    assert [row["class"] for row in result("set")["classes"]][:2] == ["../../escape", "$x 1$ & <b>"]
+
+
+def test_hostile_captions_and_texts_do_not_break_a_figure(folder: Path, capsys):
+    img_dir, _ = make_captions(folder / "data", num_images=len(HOSTILE))
+    images = [{"id": number, "file_name": file.name} for number, file in enumerate(sorted(img_dir.iterdir()))]
+    annotations = [{"image_id": number, "caption": text} for number, text in enumerate(HOSTILE)]
+    Path("hostile.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", "hostile.json")
+    assert Path("zero_shot_eval_output/hostile.png").stat().st_size > 10_000
+    zero_shot_demo.main(
+        ["--checkpoint_path", "first", "--img_dir", str(img_dir), "--texts", *HOSTILE, "--output", "out"]
+    )
+    assert Path("out/similarity.png").stat().st_size > 10_000 and "\x1b" not in capsys.readouterr().out
+
+
+def test_the_demo_prints_json_and_nothing_else(folder: Path, capsys):
+    img_dir, _ = make_captions(folder / "data", num_images=3)
+    (img_dir / "broken\n.png").write_bytes(b"x")
+    flags = ["--checkpoint_path", "first", "--img_dir", str(img_dir), "--json", "--top_k", "2"]
+    zero_shot_demo.main([*flags, "--class_names", "cat", "dog", "bus", "--show_predictions", "--output", "figures"])
+    content = json.loads(capsys.readouterr().out)
+    clip = load_clip("first")
+    files = [entry["file"] for entry in content["images"]]
+    probabilities = clip.classify(files, ["cat", "dog", "bus"])
+    for row, entry in zip(probabilities, content["images"], strict=True):
+        best = row.topk(2)
+        assert [["cat", "dog", "bus"].index(found["class"]) for found in entry["predictions"]] == best.indices.tolist()
+        assert [found["probability"] for found in entry["predictions"]] == pytest.approx(best.values.tolist(), rel=1e-4)
+    assert [Path(entry["file"]).name for entry in content["skipped"]] == ["broken\n.png"]
+    assert content["checkpoint"] == "first/checkpoint_0_1.pt" and Path("figures/demo.png").is_file()
+
+
+def test_the_demo_prints_the_similarities_of_texts_as_json(folder: Path, capsys):
+    img_dir, _ = make_captions(folder / "data", num_images=2)
+    flags = ["--checkpoint_path", "first", "--img_dir", str(img_dir), "--json"]
+    zero_shot_demo.main([*flags, "--texts", "a cat", "a cat", "a bus"])
+    content = json.loads(capsys.readouterr().out)
+    clip = load_clip("first")
+    expected = (
+        clip.encode_image([entry["file"] for entry in content["images"]]) @ clip.encode_text(content["texts"]).t()
+    )
+    np.testing.assert_allclose([entry["similarities"] for entry in content["images"]], expected, atol=1e-5)
+
+
+def test_no_script_loads_open_clip_to_start():
+    code = "import sys, zero_shot_eval, zero_shot_demo; sys.exit('open_clip' in sys.modules or 'onnx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

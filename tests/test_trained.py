@@ -1,0 +1,87 @@
+"""The three lines of interactive use."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from model import TrainedCLIP, load_clip
+from trainer.evaluation import encode_sources
+from utils.errors import UserError
+from utils.images import load_image, normalize, to_tensor
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture
+def clip(tiny_model) -> TrainedCLIP:
+    return TrainedCLIP(tiny_model, MEAN, STD)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [Image.effect_noise((50 + index, 40), 20 + 10 * index).convert("RGB") for index in range(count)]
+
+
+def test_images_are_encoded_as_one_by_one_whatever_they_come_as(clip, tmp_path: Path):
+    images = pictures(5)
+    images[0].save(tmp_path / "a.png")
+    images[1].save(tmp_path / "b.png")
+    sources = [str(tmp_path / "a.png"), tmp_path / "b.png", images[2], io.BytesIO((tmp_path / "a.png").read_bytes())]
+    features = clip.encode_image(sources, batch_size=3)
+    assert features.shape == (4, 32) and features.dtype == torch.float32
+    with torch.no_grad():
+        for feature, image in zip(features, [*images[:3], images[0]], strict=True):
+            pixels = normalize(to_tensor(load_image(image, 32))[None], MEAN, STD)
+            torch.testing.assert_close(feature, F.normalize(clip.model.encode_image(pixels), dim=-1)[0])
+    torch.testing.assert_close(clip.encode_image(images[2]), features[2:3])
+
+
+def test_the_scripts_get_the_same_features(clip):
+    images = pictures(5)
+    indices, features, _ = encode_sources(clip, images, batch_size=2, num_workers=0)
+    torch.testing.assert_close(features, clip.encode_image(images)[indices])
+
+
+def test_probabilities_are_a_softmax_over_the_scaled_cosine_similarity(clip):
+    images, classnames = pictures(3), ["dog", "cat", "palm tree"]
+    probabilities = clip.classify(images, classnames, templates=["a {}.", "the {}."])
+    sentences = torch.stack([clip.encode_text([f"a {name}.", f"the {name}."]).mean(dim=0) for name in classnames])
+    expected = (35 * clip.encode_image(images) @ F.normalize(sentences, dim=1).t()).softmax(dim=1)
+    torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(3))
+    assert clip.classify(images[0], classnames).shape == (1, 3)
+    assert torch.allclose(clip.classify(images, classnames, logit_scale=0.0), torch.full((3, 3), 1 / 3))
+
+
+def test_one_text_is_a_list_of_one(clip):
+    torch.testing.assert_close(clip.encode_text("a dog"), clip.encode_text(["a dog", "birds"])[:1])
+
+
+def test_features_can_be_trained_on(clip):
+    head = torch.nn.Linear(32, 2)
+    head(clip.encode_image(pictures(2))).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_what_cannot_be_encoded_is_named(clip, tmp_path: Path):
+    (tmp_path / "text.jpg").write_text("x")
+    for call, message in (
+        (lambda: clip.encode_image([pictures(1)[0], tmp_path / "text.jpg"]), "text.jpg: cannot be read"),
+        (lambda: clip.encode_image([pictures(1)[0], io.BytesIO(b"x")]), "image 1: cannot be read"),
+        (lambda: clip.encode_image([]), "no image is given"),
+        (lambda: clip.encode_text([]), "no text is given"),
+        (lambda: clip.classify(pictures(1), []), "no class names"),
+        (lambda: clip.classify(pictures(1), ["a"], templates=["x"]), "has no {} where"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_a_loaded_checkpoint_knows_its_preprocessing_and_where_it_came_from(tiny_model, tmp_path: Path):
+    torch.save({"model_state_dict": tiny_model.state_dict()}, tmp_path / "checkpoint_0_1.pt")
+    clip = load_clip(tmp_path)
+    assert clip.source == str(tmp_path / "checkpoint_0_1.pt") and clip.image_mean == (0.4225, 0.4012, 0.3659)
+    assert not clip.model.training
