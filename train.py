@@ -18,21 +18,22 @@ import torch
 from torch import nn
 
 from dataloader.batch import Batch
+from dataloader.captions import CaptionSet
 from dataloader.config import DataConfig, load_data_config
-from dataloader.data_loaders import TrainLoader, open_train_set, open_val_set
+from dataloader.data_loaders import TrainLoader, open_class_set, open_train_set, open_val_set
 from dataloader.order import EpochBatchSampler
 from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
 from trainer.accumulation import backward_in_chunks
 from trainer.checkpoint import Checkpoints, TrainState, restore
 from trainer.config import TrainConfig, load_train_config
-from trainer.evaluation import describe_recall, evaluate_retrieval
 from trainer.interrupt import STOPPED, Interruption, parse_duration
 from trainer.loss import LOSSES
 from trainer.metrics import StepMeter
 from trainer.optim import BatchNormStatistics, build_optimizer, clip_logit_scale, set_lr, take_step
 from trainer.parallel import Runtime, init_runtime, without_sync, wrap
 from trainer.plan import RunPlan, describe_run, make_folders, make_plan
+from trainer.validation import Validation, shared_images
 from utils.config import parse_override, to_plain
 from utils.errors import UserError, run_script
 from utils.logger import RunLogger
@@ -45,6 +46,7 @@ SAMPLE_CONFIG = {
     "trainer.num_workers": 1,
     "trainer.optimizer.params.lr": 1e-3,
     "trainer.logging_steps": 20,
+    "trainer.eval_steps": 310,
     "dataloader.cache": "pixels",
     "dataloader.cache_dir": f"{SAMPLE_DIR}/cache",
     "dataloader.train_img_dir": f"{SAMPLE_DIR}/train",
@@ -73,6 +75,7 @@ class Run(NamedTuple):
     meter: StepMeter
     checkpoints: Checkpoints
     interruption: Interruption
+    validation: Validation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     with runtime.main_first():
         if args.sample:
             make_sample(SAMPLE_DIR)
-        train_set, val_set = open_train_set(data), open_val_set(data)
+        train_set, val_set, class_set = open_train_set(data), open_val_set(data), open_class_set(data)
 
     plan = make_plan(train_set.num_images, config, runtime)
     folders = make_folders(args.output_dir, config, runtime, args.resume)
@@ -130,9 +133,18 @@ def main(argv: list[str] | None = None) -> None:
 
     logger.info(describe_run(plan, config, runtime, model, train_set))
     logger.log_config(state.configs)
+    clip = TrainedCLIP(model, data.image_mean, data.image_std)
+    validation = Validation(clip, val_set, class_set, checkpoints, plan, config, runtime, logger)
+    if val_set and isinstance(train_set, CaptionSet) and (shared := shared_images(val_set, train_set)):
+        logger.warning(
+            f"{len(shared):,} of the {val_set.num_images:,} validation images are trained on (e.g. {shared[0]}): their "
+            "recall says little; for a train2017 model use val2017"
+        )
     meter = StepMeter(state, logger, loader, checkpoints, plan, config, runtime)
     with Interruption(args.time_limit, start) as interruption:
-        run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption)
+        run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption, validation)
+        if validation.is_due(state):  # the run was stopped just before it
+            validation.run(state)
         while state.epoch < config.num_train_epochs and not interruption.reason:
             train_one_epoch(state, parallel_model, run)
     logger.close_bar()
@@ -141,13 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info(f"stopped by {interruption.reason} after step {state.global_step}; go on with --resume auto")
     elif runtime.is_main:
         curve = plot_loss_curve(logger.metrics_file, folders.logs / "loss_curve.png", batch_size=plan.contrast_size)
-        logger.info(f"saved {checkpoints.saved}\ndrew {curve}")
-        if val_set:
-            clip = TrainedCLIP(model, data.image_mean, data.image_std)
-            recalls = evaluate_retrieval(
-                clip, val_set, batch_size=config.per_gpu_eval_batch_size, num_workers=config.num_workers
-            )
-            logger.info(describe_recall(recalls, val_set))
+        logger.info(f"saved {checkpoints.saved}\ndrew {curve}\n{validation.describe()}".rstrip())
     folders.leave()
     runtime.close(STOPPED if interruption.reason else 0)
 
@@ -187,6 +193,9 @@ def train_one_epoch(state: TrainState, parallel_model: nn.Module, run: Run) -> N
         stops = run.interruption.is_due(run.runtime, run.checkpoints.expected_seconds(state))
         if plan.is_due(config.logging_steps, state.global_step):
             meter.report(state)
+        if run.validation.is_due(state) and not stops:
+            with meter.paused():
+                run.validation.run(state)
         if stops or plan.is_due(config.save_steps, state.global_step):
             meter.check(state)
             run.checkpoints.save(state)
@@ -202,6 +211,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", action="store_true", help="train a small model on drawings; needs no download")
     parser.add_argument("--train_img_dir", metavar="DIR", help="the training images")
     parser.add_argument("--train_annotation_file", metavar="FILE", help="their captions, in COCO's JSON format")
+    parser.add_argument("--val_img_dir", metavar="DIR", help="held-out images, to measure retrieval on while training")
+    parser.add_argument("--val_annotation_file", metavar="FILE", help="their captions")
     parser.add_argument("--model", metavar="NAME", help="an architecture of model/model_config.yaml")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the images")
     parser.add_argument("--batch_size", type=int, metavar="N", help="pairs per GPU, or on the CPU")
@@ -244,6 +255,8 @@ def load_configs(args: argparse.Namespace) -> Configs:
         "trainer.per_gpu_train_batch_size": args.batch_size,
         "dataloader.train_img_dir": args.train_img_dir,
         "dataloader.train_annotation_file": args.train_annotation_file,
+        "dataloader.val_img_dir": args.val_img_dir,
+        "dataloader.val_annotation_file": args.val_annotation_file,
     }
     overrides |= {key: value for key, value in flags.items() if value is not None}
     sections = {section: [] for section in Configs._fields}

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,11 @@ class CaptionSet(NamedTuple):
     @property
     def num_captions(self) -> int:
         return sum(len(image.captions) for image in self.images)
+
+    def take(self, numbers: Sequence[int]) -> "CaptionSet":
+        """Return the images of these numbers alone."""
+        shards = self.shards and Shards(self.shards.folder, self.shards.places[list(numbers)])
+        return self._replace(images=[self.images[number] for number in numbers], shards=shards)
 
     def describe(self) -> str:
         """Return what was found and what was left out, in a line."""

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils import imagenet
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, list_images
 
-CIFAR = {"CIFAR10": CIFAR10, "CIFAR100": CIFAR100}
+CIFAR = ("CIFAR10", "CIFAR100")
 IMAGENET = {  # by the folder's name, in lower case; any other is the validation set
     "imagenet-a": "ImageNet-A",
     "imagenet-r": "ImageNet-R",
@@ -40,7 +39,9 @@ def load_cifar(data_dir: Path) -> ClassificationSet:
     name = data_dir.resolve().name
     if name not in CIFAR:
         raise UserError(f"--data_dir {data_dir}: the folder's name says which set it is; call it CIFAR10 or CIFAR100")
-    dataset_class = CIFAR[name]
+    from torchvision import datasets  # a second or two, which no other set takes
+
+    dataset_class = getattr(datasets, name)
     try:
         dataset = dataset_class(data_dir, train=False, download=True)
     except Exception as error:  # torchvision lets through whatever the network or the disk raises

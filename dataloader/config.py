@@ -18,6 +18,7 @@ class DataConfig:
     train_annotation_file: str | None  # None for folders and shards, whose captions lie beside the images
     val_img_dir: str | None
     val_annotation_file: str | None
+    val_class_dir: str | None
     format: Literal["auto", "coco", "karpathy", "csv", "folder", "shards", "stream"]
     csv_image_column: str
     csv_caption_column: str

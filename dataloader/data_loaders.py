@@ -7,6 +7,7 @@ devices never changes the data.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
 from dataloader.batch import Batch, Failure
 from dataloader.cache import PixelCache, open_cache
 from dataloader.captions import CaptionSet, read_captions
+from dataloader.classification import ClassificationSet, load_class_folders
 from dataloader.config import DataConfig
 from dataloader.order import EpochBatchSampler
 from dataloader.shards import name_of
@@ -218,6 +220,11 @@ def open_val_set(config: DataConfig) -> CaptionSet | None:
         return None
     columns = (config.csv_image_column, config.csv_caption_column)
     return read_captions(config.val_img_dir, config.val_annotation_file, split="val", csv_columns=columns)
+
+
+def open_class_set(config: DataConfig) -> ClassificationSet | None:
+    """Find the labelled images, if the config names any. Raises UserError if they are not there."""
+    return None if config.val_class_dir is None else load_class_folders(Path(config.val_class_dir))
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -16,9 +16,10 @@ from dataloader.captions import read_captions
 from model import CLIP, load_clip
 from tests.conftest import TINY, make_captions
 from tests.test_imagenet import make_set
-from trainer.evaluation import evaluate_retrieval
+from trainer.evaluation import encode_captions
 from utils import imagenet
 from utils.errors import UserError
+from utils.retrieval import retrieval_metrics
 
 HOSTILE = [
     "../../escape",
@@ -86,14 +87,14 @@ def test_imagenets_default_are_the_80_templates_and_others_have_one(folder: Path
     assert asked == [(1000, 80), (1, 1)]
 
 
-def test_retrieval_writes_what_evaluate_retrieval_measures(folder: Path, capsys):
+def test_retrieval_writes_what_is_measured(folder: Path, capsys):
     img_dir, annotation_file = make_captions(folder / "data")
     (img_dir / "000000000003.png").write_bytes(b"x")
     evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", annotation_file)
     content = result("captions")
-    recalls = evaluate_retrieval(
-        load_clip("first"), read_captions(img_dir, annotation_file), batch_size=7, num_workers=0
-    )
+    caption_set = read_captions(img_dir, annotation_file)
+    features, _, _ = encode_captions(load_clip("first"), caption_set, batch_size=7, num_workers=0)
+    recalls = retrieval_metrics(*features)
     assert {key: content[key] for key in recalls} == pytest.approx(recalls)
     assert (content["num_images"], content["num_captions"], content["skipped_images"]) == (23, 46, 1)
     assert 1 <= content["image_to_text_median_rank"] <= 46 and "folds" not in content

@@ -2,7 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.retrieval import fold_metrics, format_metrics, retrieval_metrics, retrieval_ranks, retrieval_recall
+from utils.retrieval import fold_metrics, format_metrics, retrieval_metrics, retrieval_ranks
+
+
+def retrieval_recall(*case) -> dict[str, float]:
+    return {name: value for name, value in retrieval_metrics(*case).items() if "R@" in name}
 
 
 def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

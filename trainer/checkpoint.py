@@ -1,5 +1,6 @@
 """Checkpoints: the reference's layout, plus what explains the file and what an exact resume needs."""
 
+import math
 import os
 import random
 import time
@@ -20,8 +21,8 @@ from utils.logger import RunLogger
 FORMAT_VERSION = 2
 SUFFIX, UNFINISHED, DAMAGED = ".pt", ".tmp", ".damaged"
 CONTENT = {
-    "epoch": int, "sample": int, "global_step": int, "model_state_dict": dict, "optimizer_state_dict": dict,
-    "scaler_state_dict": dict, "rank_states": list, "configs": dict,
+    "epoch": int, "sample": int, "global_step": int, "validated_step": int, "best": float, "model_state_dict": dict,
+    "optimizer_state_dict": dict, "scaler_state_dict": dict, "rank_states": list, "configs": dict,
 }  # fmt: skip
 BYTES_PER_SECOND = 100e6  # of a slow disk
 
@@ -37,6 +38,8 @@ class TrainState:
     epoch: int = 0  # the one under way, counted from 0
     sample: int = 0  # images of this epoch that were seen, by all processes together
     global_step: int = 0  # optimizer steps done
+    validated_step: int = 0  # the last one whose model was validated
+    best: float = -math.inf  # value of the best metric so far, larger is better
     meter: dict[str, Any] = field(default_factory=dict)  # this process's sums since the last row of the log
 
 
@@ -50,13 +53,14 @@ class Checkpoints:
     def __init__(self, folder: Path, config: TrainConfig, runtime: Runtime, logger: RunLogger) -> None:
         self.folder = folder
         self.keep_last = config.keep_last
+        self.keeps_best = config.keep_best
         self.survives_errors = config.save_errors == "continue"
         self.runtime = runtime
         self.logger = logger
         self.saved: Path | None = None  # the newest that this run may be resumed from
         self.seconds: float | None = None  # that the slowest save took
         if runtime.is_main:
-            for unfinished in folder.glob(f"checkpoint_*{UNFINISHED}"):
+            for unfinished in folder.glob(f"*{UNFINISHED}"):
                 unfinished.unlink()
 
     def files(self) -> list[Path]:
@@ -70,22 +74,33 @@ class Checkpoints:
         """
         start = time.perf_counter()
         rank_states = self.runtime.collect({"rng": _rng_state(), "meter": state.meter})
-        if not self.runtime.is_main:
-            return
         path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}{SUFFIX}"
-        try:
-            _write(_content(state, rank_states), path)
-        except OSError as error:
-            message = f"the checkpoint {path} cannot be written ({error.strerror or error})"
-            if not self.survives_errors:
-                raise UserError(f"{message}; free the disk or mend it, and go on with --resume auto") from None
-            self.logger.warning(f"{message}; training goes on, and saves again at the next save")
+        if not self.runtime.is_main or not self._write(_content(state, rank_states), path):
             return
         self.saved = path
         self.seconds = max(self.seconds or 0, time.perf_counter() - start)
         if self.keep_last:
             for old in self.files()[: -self.keep_last]:
                 old.unlink(missing_ok=True)
+
+    def save_best(self, state: TrainState) -> None:
+        """Write `best.pt`, weights without what a resume needs, in the main process. Raises as `save` does."""
+        if self.keeps_best:
+            content = _content(state, [])
+            unneeded = ("optimizer_state_dict", "scaler_state_dict", "rank_states")
+            self._write({key: value for key, value in content.items() if key not in unneeded}, self.folder / "best.pt")
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> bool:
+        """Return whether the file could be written; if not, warn or raise UserError."""
+        try:
+            _write(checkpoint, path)
+        except OSError as error:
+            message = f"the checkpoint {path} cannot be written ({error.strerror or error})"
+            if not self.survives_errors:
+                raise UserError(f"{message}; free the disk or mend it, and go on with --resume auto") from None
+            self.logger.warning(f"{message}; training goes on, and saves again at the next save")
+            return False
+        return True
 
     def expected_seconds(self, state: TrainState) -> float:
         """Return how long a save takes: the slowest so far, or a guess from the size of the model."""
@@ -152,6 +167,7 @@ def _restore(state: TrainState, checkpoint: dict[str, Any], runtime: Runtime, te
     state.scaler.load_state_dict(checkpoint["scaler_state_dict"])
     state.epoch, state.sample = checkpoint["epoch"], checkpoint["sample"]
     state.global_step = checkpoint["global_step"]
+    state.validated_step, state.best = checkpoint["validated_step"], checkpoint["best"]
     for difference in _differences(checkpoint["configs"], state.configs):
         tell(f"differs from the checkpoint: {difference}")
     rank_states = checkpoint["rank_states"]
@@ -168,6 +184,8 @@ def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, 
         "epoch": state.epoch,
         "sample": state.sample,
         "global_step": state.global_step,
+        "validated_step": state.validated_step,
+        "best": state.best,
         "model_state_dict": state.model.state_dict(),
         "optimizer_state_dict": state.optimizer.state_dict(),
         "scaler_state_dict": state.scaler.state_dict(),

@@ -63,6 +63,9 @@ class TrainConfig:
     max_skipped_steps: int  # in a row
     logging_steps: int
     save_steps: int
+    eval_steps: int | None  # None for an epoch
+    best_metric: Literal["mean_recall", "loss", "zero_shot_top1"]
+    keep_best: bool
     keep_last: int  # checkpoints, 0 for all
     save_errors: Literal["stop", "continue"]
     saved_checkpoints: str  # directory, inside the output directory
@@ -81,6 +84,8 @@ class TrainConfig:
                 raise ValueError(f"{key} should be 0 or more, found {getattr(self, key)}")
         if self.per_gpu_train_batch_size < 2:
             raise ValueError("per_gpu_train_batch_size should be at least 2: one pair has nothing to contrast with")
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise ValueError(f"eval_steps should be at least 1 or null, found {self.eval_steps}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm should be above 0 or null, found {self.max_grad_norm}")
         if not 0 <= self.warmup_share <= 1:

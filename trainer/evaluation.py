@@ -12,7 +12,6 @@ from dataloader.captions import CaptionSet
 from dataloader.image_loader import ImageLoader
 from model import TrainedCLIP
 from utils.images import ImageSource
-from utils.retrieval import format_metrics, retrieval_recall
 from utils.zero_shot import encode_images
 
 
@@ -60,21 +59,3 @@ def encode_captions(
     text_features = clip.encode_text([caption for own in captions for caption in own])
     image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=indices.device)
     return CaptionFeatures(image_features, text_features, image_of_text), indices.tolist(), failures
-
-
-def evaluate_retrieval(
-    clip: TrainedCLIP, val_set: CaptionSet, *, batch_size: int, num_workers: int
-) -> dict[str, float]:
-    """Return recall@1, 5 and 10 both ways over all images of `val_set` and all their captions.
-
-    Unreadable images are left out with their captions. Call it with the bare model, which is set to eval mode.
-    """
-    clip.model.eval()
-    features, _, _ = encode_captions(clip, val_set, batch_size=batch_size, num_workers=num_workers)
-    return retrieval_recall(*features)
-
-
-def describe_recall(recalls: dict[str, float], val_set: CaptionSet) -> str:
-    """Return the recalls as a small table of percentages."""
-    title = f"retrieval on {len(val_set.images):,} held-out images, {val_set.num_captions:,} captions"
-    return f"{title}\n{format_metrics(recalls)}"

@@ -8,33 +8,43 @@ from torch import Tensor
 
 from trainer.parallel import gather
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    *,
+    gathers: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Symmetric cross-entropy over all pairs of the batch (Radford et al. 2021, figure 3), in float32.
 
     `image_features`, `text_features`: [batch, embed_dim], L2-normalized, row by row a pair. `logit_scale`: scalar
     multiplier of the cosine similarities, already exponentiated. Returns the scalar loss, and detached scalars to
     log: `loss`, and the shares of images and texts whose own partner is the most similar of the batch. The mean of
-    the processes' losses is the loss of the whole batch.
+    the processes' losses is the loss of the whole batch; without `gathers` each process has a loss of its own pairs.
     """
-    logits_per_image, logits_per_text, partners = _logits(image_features, text_features, logit_scale)
+    logits_per_image, logits_per_text, partners = _logits(image_features, text_features, logit_scale, gathers)
     loss = (F.cross_entropy(logits_per_image, partners) + F.cross_entropy(logits_per_text, partners)) / 2
     return loss, _scalars(loss, logits_per_image, logits_per_text, partners)
 
 
 def sigmoid_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    *,
+    gathers: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Every pair of the batch as a yes-or-no question of its own (Zhai et al. 2023, section 3.2), in float32.
 
     The summed loss of all pairs over the number of images. Arguments and results are `contrastive_loss`'s;
     `logit_bias` is the scalar added to each logit.
     """
-    logits_per_image, logits_per_text, partners = _logits(image_features, text_features, logit_scale)
+    logits_per_image, logits_per_text, partners = _logits(image_features, text_features, logit_scale, gathers)
     signs = 2 * F.one_hot(partners, logits_per_image.shape[1]) - 1
     loss = -F.logsigmoid(signs * (logits_per_image + logit_bias.float())).sum() / len(logits_per_image)
     return loss, _scalars(loss, logits_per_image, logits_per_text, partners)
@@ -43,12 +53,14 @@ def sigmoid_loss(
 LOSSES: dict[str, Loss] = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}
 
 
-def _logits(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, gathers: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return this process's rows of both directions' logits [batch, global_batch], and the columns of the partners."""
     with torch.autocast(image_features.device.type, enabled=False):
         image_features, text_features = image_features.float(), text_features.float()
-        all_images, first = gather(image_features)
-        all_texts, _ = gather(text_features)
+        all_images, first = gather(image_features) if gathers else (image_features, 0)
+        all_texts, _ = gather(text_features) if gathers else (text_features, 0)
         logits_per_image = logit_scale.float() * image_features @ all_texts.t()
         logits_per_text = logit_scale.float() * text_features @ all_images.t()
     partners = torch.arange(first, first + len(image_features), device=image_features.device)

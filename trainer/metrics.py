@@ -1,10 +1,11 @@
 """The figures of a run, gathered on the device and read once every few steps."""
 
+import contextlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -65,6 +66,13 @@ class StepMeter:
         for name, value in {**scalars, "num_losses": torch.ones_like(scalars["loss"])}.items():
             value = torch.where(is_finite, value, 0)
             sums[name] = sums[name] + value if name in sums else value
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done in this context out of the speed."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
     def end_step(self, state: TrainState, grad_norm: Tensor, is_skipped: Tensor) -> None:
         """Note the step that was just taken or skipped, and move the progress bar on."""

@@ -78,6 +78,12 @@ class Runtime:
             values = values / self.world_size
         return values
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's BatchNorm statistics, as DistributedDataParallel does before each step."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process."""
         if self.world_size == 1:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -76,8 +77,6 @@ class RunLogger:
 
     def row(self, row: Mapping[str, float]) -> None:
         """Append a JSON row to `metrics.jsonl`, and show its main figures in the bar, or as a line if there is none."""
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
         figures = {
             "loss": f"{row['loss']:.3f}",
             "lr": f"{row['lr']:.2e}",
@@ -86,11 +85,17 @@ class RunLogger:
             "wait": f"{row['data_wait_share']:.0%}",
         }
         line = f"epoch {row['epoch']:>2}  step {row['step']:>5}  " + "  ".join(map(" ".join, figures.items()))
+        self.write_row(row, line, prints=self._bar.disable)
+        self._bar.set_postfix(figures)
+
+    def write_row(self, row: Mapping[str, float], line: str, *, prints: bool = True) -> None:
+        """Append a JSON row, where what is no number is null, to `metrics.jsonl`, and its `line` to the text log."""
+        is_none = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        self._metrics.write(json.dumps({name: None if name in is_none else row[name] for name in row}) + "\n")
+        self._metrics.flush()
         self._tell(logging.INFO, line)
-        if self._bar.disable:
+        if prints:
             self._print(line)
-        else:
-            self._bar.set_postfix(figures)
 
     def _tell(self, level: int, message: str) -> None:
         self._text.emit(logging.LogRecord("train", level, "", 0, message, None, None))

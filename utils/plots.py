@@ -38,15 +38,22 @@ STYLE = {
 def plot_loss_curve(metrics_file: Path, path: Path, *, batch_size: int) -> Path:
     """Draw the losses of a run's `metrics.jsonl` against the step, with the loss of guessing, ln(batch_size)."""
     rows = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if math.isfinite(row["loss"])]
+    curves = {
+        name: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        for name, key in (("training", "loss"), ("validation", "val_loss"))
+    }
     chance = math.log(batch_size)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1)
     axes.annotate(f"chance: ln({batch_size}) = {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"),
                   ha="right", va="bottom", fontsize=8)  # fmt: skip
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    axes.plot(steps, losses, color=ACCENT, linewidth=1.6, marker="o" if len(rows) < 3 else None)
-    axes.set(xlabel="step", ylabel="contrastive loss", ylim=(0, 1.08 * max([chance, *losses])))
+    for (name, points), colour in zip(curves.items(), (ACCENT, INK), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker=".", label=name)
+    highest = max([chance, *(loss for points in curves.values() for _, loss in points)])
+    axes.set(xlabel="step", ylabel="contrastive loss", ylim=(0, 1.08 * highest))
+    if curves["validation"]:
+        axes.legend(frameon=False, loc="lower left")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     return _save(figure, path)
 

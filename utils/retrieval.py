@@ -1,6 +1,6 @@
 """Image-text retrieval with any number of captions an image: ranks, recall, COCO's folds, nearest neighbours."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,30 +44,20 @@ def retrieval_ranks(
     return RetrievalRanks(torch.cat(image_ranks), torch.cat(text_ranks))
 
 
-def retrieval_recall(
-    image_features: Tensor,
-    text_features: Tensor,
-    image_of_text: Tensor,
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 1024,
-) -> dict[str, float]:
-    """Return recall@k in [0, 1] both ways, e.g. {"text_to_image_R@1": 0.31, "image_to_text_R@1": 0.42, ...}.
-
-    A text is a hit if its image is among its k most similar; an image if any one of its texts is. The tensors are
-    those of `retrieval_ranks`.
-    """
-    ranks = retrieval_ranks(image_features, text_features, image_of_text, chunk_size=chunk_size)
-    return _recalls(ranks, ks)
-
-
 def retrieval_metrics(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Return what `retrieval_recall` does, and the median ranks, counted from 1, as "text_to_image_median_rank"."""
-    ranks = retrieval_ranks(image_features, text_features, image_of_text)
-    medians = {f"{name}_median_rank": 1 + values.double().quantile(0.5).item() for name, values in _named(ranks)}
-    return _recalls(ranks, ks) | medians
+    """Return recall@k in [0, 1] and the median rank, counted from 1, both ways.
+
+    {"text_to_image_R@1": 0.31, "image_to_text_R@1": 0.42, ..., "text_to_image_median_rank": 3.0, ...}. A text is a hit
+    if its image is among its k most similar; an image if any one of its texts is. The tensors are those of
+    `retrieval_ranks`.
+    """
+    metrics = {}
+    for name, ranks in retrieval_ranks(image_features, text_features, image_of_text)._asdict().items():
+        metrics |= {f"{name}_R@{k}": (ranks < k).float().mean().item() for k in ks}
+        metrics[f"{name}_median_rank"] = 1 + ranks.double().quantile(0.5).item()
+    return metrics
 
 
 def fold_metrics(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> tuple[dict[str, float], int]:
@@ -92,11 +82,3 @@ def format_metrics(metrics: dict[str, float]) -> str:
         figures += [] if median is None else [f"  median rank {median:g}"]
         lines.append(f"{name.replace('_', ' '):<15} {' '.join(figures)}")
     return "\n".join(lines)
-
-
-def _recalls(ranks: RetrievalRanks, ks: Sequence[int]) -> dict[str, float]:
-    return {f"{name}_R@{k}": (values < k).float().mean().item() for name, values in _named(ranks) for k in ks}
-
-
-def _named(ranks: RetrievalRanks) -> Iterable[tuple[str, Tensor]]:
-    return ranks._asdict().items()
