@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
@@ -290,6 +291,26 @@ class ImageDataset(Dataset):
             return index, Failure(_name(self.sources, index), str(error))
 
 
+class ThreadedLoader:
+    """Batches read by threads, none ahead: where the model computes on the CPU, all cores read, then all compute.
+
+    Processes that read beside it would take turns with its threads, and copy every image once more.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_threads: int) -> None:
+        self.dataset = dataset
+        self.batches = torch.arange(len(dataset)).split(batch_size)
+        self.num_threads = num_threads
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
+        with ThreadPoolExecutor(self.num_threads) as pool:  # decoding and resizing let other threads run
+            for indices in self.batches:
+                yield _collate_images(list(pool.map(self.dataset.__getitem__, indices.tolist())))
+
+
 class ImageLoader:
     """Images to evaluate, in order, batched and normalized on `device`. What cannot be read is in `failures`.
 
@@ -309,13 +330,17 @@ class ImageLoader:
         device: torch.device,
         load: Callable[..., Image.Image] = load_image,
     ) -> None:
-        self.loader = DataLoader(
-            ImageDataset(sources, image_size, load),
-            batch_size=batch_size,
-            collate_fn=_collate_images,
-            num_workers=_usable_workers(num_workers) if len(sources) > batch_size else 0,
-            pin_memory=device.type == "cuda",
-        )
+        dataset, num_workers = ImageDataset(sources, image_size, load), _usable_workers(num_workers)
+        if device.type == "cpu":
+            self.loader = ThreadedLoader(dataset, batch_size, max(1, num_workers))
+        else:
+            self.loader = DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=_collate_images,
+                num_workers=num_workers if len(sources) > batch_size else 0,
+                pin_memory=True,
+            )
         self.normalize = partial(normalize, mean=image_mean, std=image_std)
         self.device = device
         self.failures: list[Failure] = []
