@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused below
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 MAX_ASPECT = 8  # of an image's sides; what is longer loses its ends before it is resized
 ORIENTATION_TAG = 0x0112  # EXIF
@@ -131,10 +132,8 @@ def _unreadable() -> Iterator[None]:
 
 
 def _open(source: str | Path | io.BytesIO) -> Image.Image:
-    """Open an image file that is no decompression bomb; Pillow only warns of some."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(source)
+    """Open an image file that is no decompression bomb."""
+    image = Image.open(source)
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     return image
