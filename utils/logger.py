@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 
 class RunLogger:
-    """Lines to the terminal and `training_logs.txt`, rows to `metrics.jsonl`, and a bar over the run's steps."""
+    """Lines to the terminal and `training_logs.txt`, rows to `metrics.jsonl` and TensorBoard, and a bar of steps."""
 
     def __init__(self, directory: Path, *, goes_on: bool = False, quiet: bool = False) -> None:
         """Open the files in `directory`, to add to them if a run `goes_on`.
@@ -30,6 +31,7 @@ class RunLogger:
         )
         self._text.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._bar = tqdm(disable=True)
+        self._board: Any = None  # TensorBoard's writer, where it is installed
 
     def info(self, message: str) -> None:
         """Tell one line, or a block of them."""
@@ -49,6 +51,10 @@ class RunLogger:
         """Delete the rows of steps after `step`, and a last one cut short: a resumed run writes them again."""
         if self.quiet:
             return
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter  # seconds, which only its users take
+
+            self._board = SummaryWriter(self.metrics_file.parent, purge_step=step + 1)
         kept = []
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
             try:
@@ -93,6 +99,8 @@ class RunLogger:
         is_none = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         self._metrics.write(json.dumps({name: None if name in is_none else row[name] for name in row}) + "\n")
         self._metrics.flush()
+        for name, value in row.items() if self._board else ():
+            self._board.add_scalar(name, value, row["step"])
         self._tell(logging.INFO, line)
         if prints:
             self._print(line)
