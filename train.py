@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from dataloader.batch import Batch
-from dataloader.captions import CaptionSet
 from dataloader.config import DataConfig, load_data_config
 from dataloader.data_loaders import TrainLoader, open_class_set, open_train_set, open_val_set
 from dataloader.order import EpochBatchSampler
@@ -33,7 +32,7 @@ from trainer.metrics import StepMeter
 from trainer.optim import BatchNormStatistics, build_optimizer, clip_logit_scale, set_lr, take_step
 from trainer.parallel import Runtime, init_runtime, without_sync, wrap
 from trainer.plan import RunPlan, describe_run, make_folders, make_plan
-from trainer.validation import Validation, shared_images
+from trainer.validation import Validation
 from utils.config import parse_override, to_plain
 from utils.errors import UserError, run_script
 from utils.logger import RunLogger
@@ -135,11 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.log_config(state.configs)
     clip = TrainedCLIP(model, data.image_mean, data.image_std)
     validation = Validation(clip, val_set, class_set, checkpoints, plan, config, runtime, logger)
-    if val_set and isinstance(train_set, CaptionSet) and (shared := shared_images(val_set, train_set)):
-        logger.warning(
-            f"{len(shared):,} of the {val_set.num_images:,} validation images are trained on (e.g. {shared[0]}): their "
-            "recall says little; for a train2017 model use val2017"
-        )
+    validation.warn_of_shared_images(train_set)
     meter = StepMeter(state, logger, loader, checkpoints, plan, config, runtime)
     with Interruption(args.time_limit, start) as interruption:
         run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption, validation)

@@ -33,6 +33,7 @@ from utils.images import (
     normalize,
     read_pixels,
 )
+from utils.text import printable
 
 MAX_REPLACEMENTS = 100
 BUFFER_BYTES = 3 * 1200 * 1200  # larger photographs are decoded to memory of their own
@@ -194,7 +195,7 @@ class TrainLoader:
         for path, reason in failures:
             if path not in self.unreadable:
                 self.unreadable.add(path)
-                self.warn(f"skipped {path}: {reason}")
+                self.warn(f"skipped {printable(path)}: {reason}")
         if len(self.unreadable) > self.max_unreadable:
             raise UserError(
                 f"{len(self.unreadable)} training images cannot be read (the last: {failures[-1].path}), more than "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dataloader.captions import CaptionSet
 from dataloader.classification import ClassificationSet
+from dataloader.stream import ShardStream
 from model import TrainedCLIP
 from trainer.checkpoint import Checkpoints, TrainState
 from trainer.config import TrainConfig
@@ -48,6 +49,16 @@ class Validation:
         self.logger = logger
         self.loading = {"batch_size": config.per_gpu_eval_batch_size, "num_workers": config.num_workers}
         self.metrics: dict[str, float] = {}  # of the last validation
+
+    def warn_of_shared_images(self, train_set: CaptionSet | ShardStream) -> None:
+        """Tell how many validation images are trained on; of a stream nobody knows."""
+        is_known = self.val_set is not None and isinstance(train_set, CaptionSet)
+        shared = shared_images(self.val_set, train_set) if is_known else []
+        if shared:
+            self.logger.warning(
+                f"{len(shared):,} of the {self.val_set.num_images:,} validation images are trained on (e.g. "
+                f"{shared[0]}): their recall says little; for a train2017 model use val2017"
+            )
 
     def is_due(self, state: TrainState) -> bool:
         """Return whether the step that was just taken, and not validated yet, should be."""

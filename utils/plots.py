@@ -46,7 +46,8 @@ def plot_loss_curve(metrics_file: Path, path: Path, *, batch_size: int) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.axhline(chance, color=QUIET, linestyle="--", linewidth=1)
     axes.annotate(f"chance: ln({batch_size}) = {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"),
-                  ha="right", va="bottom", fontsize=8)  # fmt: skip
+                  ha="right", va="bottom", fontsize=8,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     for (name, points), colour in zip(curves.items(), (ACCENT, INK), strict=True):
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker=".", label=name)
