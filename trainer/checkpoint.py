@@ -73,7 +73,8 @@ class Checkpoints:
         Every process calls it. Raises UserError if it cannot be written, or warns where `save_errors` says so.
         """
         start = time.perf_counter()
-        rank_states = self.runtime.collect({"rng": _rng_state(), "meter": state.meter})
+        sums = {name: total.cpu() for name, total in state.meter["sums"].items()}
+        rank_states = self.runtime.collect({"rng": _rng_state(), "meter": {**state.meter, "sums": sums}})
         path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}{SUFFIX}"
         if not self.runtime.is_main or not self._write(_content(state, rank_states), path):
             return
