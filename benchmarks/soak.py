@@ -49,13 +49,13 @@ def rows_of(output: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
 
-def wait_for(process: subprocess.Popen, is_reached: Callable[[], bool], seconds: float = 600) -> None:
-    """Wait until `is_reached`; the process must not end before."""
-    deadline = time.monotonic() + seconds
+def wait_for(process: subprocess.Popen, is_reached: Callable[[], bool], interval: float) -> None:
+    """Wait until `is_reached`, asking every `interval` seconds; the process must not end before."""
+    deadline = time.monotonic() + 600
     while not is_reached():
         if process.poll() is not None or time.monotonic() > deadline:
             raise SoakError(f"the run ended with {process.poll()} before it could be killed")
-        time.sleep(0.002)
+        time.sleep(interval)
 
 
 def kill_once(number: int, step: int, process: subprocess.Popen, output: Path, rng: random.Random) -> None:
@@ -63,9 +63,9 @@ def kill_once(number: int, step: int, process: subprocess.Popen, output: Path, r
     if number % 10 == 9:
         time.sleep(rng.uniform(0, 8))
     else:
-        wait_for(process, lambda: (rows_of(output) or [{"step": 0}])[-1]["step"] >= step)
+        wait_for(process, lambda: (rows_of(output) or [{"step": 0}])[-1]["step"] >= step, interval=0.05)
         if number % 3 == 0:
-            wait_for(process, lambda: any(output.glob("saved_checkpoints/*.tmp")))
+            wait_for(process, lambda: any(output.glob("saved_checkpoints/*.tmp")), interval=0.002)
             time.sleep(rng.uniform(0, 0.05))
         else:
             time.sleep(rng.uniform(0, 1))
