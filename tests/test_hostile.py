@@ -305,8 +305,9 @@ def checkpoint_with(config: CLIPConfig = TINY, **changes) -> dict:
     """Return a checkpoint of ours with some of it replaced."""
     model = {"model_state_dict": dict(CLIP(config).state_dict()), "format_version": FORMAT_VERSION}
     configs = {"model": to_plain(config), "dataloader": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
-    return {**model, "epoch": 0, "sample": 8, "global_step": 1, "validated_step": 0, "best": 0.0,
-            "optimizer_state_dict": {}, "scaler_state_dict": {}, "rank_states": [], "configs": configs, **changes}  # fmt: skip
+    place = {"epoch": 0, "sample": 8, "global_step": 1, "validated_step": 0, "best": 0.0}
+    rest = {"optimizer_state_dict": {}, "scaler_state_dict": {}, "rank_states": [], "configs": configs}
+    return {**model, **place, **rest, **changes}
 
 
 def weights_with(**changes) -> dict:
