@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
+import torch
 from numpy.lib.format import open_memmap
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -77,7 +78,8 @@ def pack(train_set: CaptionSet, output: Path, spec: PackSpec, *, num_workers: in
                 f"{output} holds part of another pack ({chunk_name(chunk)}_stats.json); delete it, or choose another"
             )
     writer = ChunkWriter(train_set.images, output, spec, [chunk for chunk, stats in finished.items() if stats is None])
-    loader = DataLoader(writer, batch_size=None, num_workers=min(num_workers, len(writer)))
+    generator = torch.Generator()  # not torch's own: a run that builds its cache goes on as one that finds it
+    loader = DataLoader(writer, batch_size=None, num_workers=min(num_workers, len(writer)), generator=generator)
     bar = tqdm(total=spec.num_images, desc=f"packing {spec.form}", unit="image", disable=None)
     for chunk, problem in loader:
         if problem:

@@ -118,6 +118,14 @@ def test_an_ended_run_may_be_resumed_and_changes_nothing(tmp_path: Path, data, r
     assert recorder.images == [] and len(images) == 9 and all(map(same, end_of(tmp_path), end))
 
 
+@pytest.mark.parametrize("cache", ["pixels", "jpeg"])
+def test_a_run_that_builds_its_cache_is_the_one_that_finds_it(tmp_path: Path, data, cache):
+    changes = {"dataloader.cache": cache, "dataloader.cache_dir": tmp_path / "cache", "trainer.num_workers": 2}
+    for name in ("builds", "finds"):
+        train.main(flags_for(data, tmp_path / name, epochs=1, **changes))
+    assert all(map(same, end_of(tmp_path / "builds"), end_of(tmp_path / "finds")))
+
+
 def test_a_run_may_be_made_longer(tmp_path: Path, data, recorder, capsys):
     train.main(flags_for(data, tmp_path, epochs=1))
     train.main([*flags_for(data, tmp_path), "--resume", str(tmp_path / "saved_checkpoints")])
