@@ -68,7 +68,7 @@ def kill_once(number: int, step: int, process: subprocess.Popen, output: Path, r
             wait_for(process, lambda: any(output.glob("saved_checkpoints/*.tmp")), interval=0.002)
             time.sleep(rng.uniform(0, 0.05))
         else:
-            time.sleep(rng.uniform(0, 1))
+            time.sleep(rng.uniform(0, 0.5))
     process.kill()
     process.wait()
 

@@ -369,5 +369,5 @@ def test_a_full_disk_of_its_own_is_survived(tmp_path: Path, data, capsys):
 
 
 def test_five_kills_change_nothing(tmp_path: Path, data):
-    flags = flags_for(data, tmp_path, epochs=8, **{"trainer.num_workers": 2})  # soak gives folders of its own
+    flags = flags_for(data, tmp_path, epochs=40, **{"trainer.num_workers": 2})  # soak gives folders of its own
     soak(flags, tmp_path, kills=5, seed=int(np.random.default_rng().integers(1_000)), watches=False)
