@@ -65,7 +65,7 @@ def kill_once(number: int, step: int, process: subprocess.Popen, output: Path, r
     else:
         wait_for(process, lambda: (rows_of(output) or [{"step": 0}])[-1]["step"] >= step, interval=0.05)
         if number % 3 == 0:
-            wait_for(process, lambda: any(output.glob("saved_checkpoints/*.tmp")), interval=0.002)
+            wait_for(process, lambda: any(output.glob("saved_checkpoints/*.part-*")), interval=0.002)
             time.sleep(rng.uniform(0, 0.05))
         else:
             time.sleep(rng.uniform(0, 0.5))
@@ -145,7 +145,7 @@ def soak(flags: list[str], folder: Path, kills: int, seed: int, *, watches: bool
     if start(flags, folder, "killed").wait() != 0:
         raise SoakError(f"the last resumed run failed; see {folder / 'killed.txt'}")
 
-    if "put aside" in (folder / "killed.txt").read_text():
+    if "passed over" in (folder / "killed.txt").read_text():
         raise SoakError("a resumed run found a damaged checkpoint")
     if rows_of(output) != expected:
         raise SoakError("the rows of the log differ")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataloader.captions import CaptionedImage, CaptionSet, read_captions
 from dataloader.shards import MANIFEST_FILE, index_shards, write_index
 from utils.errors import UserError, run_script
+from utils.files import UNFINISHED, delete_unfinished, write_whole
 from utils.images import UnreadableImageError, load_image, plain_jpeg_size, read_pixels, resize_short_side
 
 JPEG_QUALITY = 90
@@ -63,11 +64,10 @@ def pack(train_set: CaptionSet, output: Path, spec: PackSpec, *, num_workers: in
     chunks = -(-spec.num_images // spec.images_per_chunk)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for part in output.glob("*.part-*"):
-            part.unlink()
+        delete_unfinished(output)
         finished = {chunk: read_stats(output, chunk) for chunk in range(chunks)}
         if spec.form == "pixels" and not any(finished.values()):
-            part = output / f"{PIXELS_FILE}.part-{os.getpid()}"
+            part = output / f"{PIXELS_FILE}{UNFINISHED}{os.getpid()}"
             open_memmap(part, mode="w+", dtype=np.uint8, shape=(spec.num_images, spec.size, spec.size, 3)).flush()
             part.replace(output / PIXELS_FILE)
     except OSError as error:
@@ -96,9 +96,9 @@ def pack(train_set: CaptionSet, output: Path, spec: PackSpec, *, num_workers: in
     if spec.form == "shards":
         write_index(output, index_shards(output))
         counts = {f"{chunk_name(chunk)}.tar": finished[chunk]["num_samples"] for chunk in range(chunks)}
-        write_file(output / "sizes.json", json.dumps(counts, indent=1).encode())  # open_clip reads it too
+        write_whole(output / "sizes.json", json.dumps(counts, indent=1).encode())  # open_clip reads it too
     manifest = {**spec._asdict(), "unreadable": [number for number, _ in unreadable]}
-    write_file(output / MANIFEST_FILE, json.dumps(manifest).encode())
+    write_whole(output / MANIFEST_FILE, json.dumps(manifest).encode())
 
 
 class ChunkWriter(Dataset):
@@ -125,7 +125,7 @@ class ChunkWriter(Dataset):
                 "num_samples": len(numbers) - len(unreadable),
                 "unreadable": unreadable,
             }
-            write_file(stats_file(self.output, chunk), json.dumps(stats).encode())
+            write_whole(stats_file(self.output, chunk), json.dumps(stats).encode())
         except OSError as error:
             return chunk, f"{chunk_name(chunk)} cannot be written ({error.strerror or error})"
         return chunk, ""
@@ -148,7 +148,7 @@ class ChunkWriter(Dataset):
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         shard = self.output / f"{chunk_name(chunk)}.tar"
-        write_file(shard, buffer.getvalue())
+        write_whole(shard, buffer.getvalue())
         if shard.read_bytes() != buffer.getvalue():
             raise OSError("what was written does not read back")
 
@@ -214,16 +214,6 @@ def read_stats(output: Path, chunk: int) -> dict[str, Any] | None:
         return json.loads(stats_file(output, chunk).read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dataloader import drawings
 from dataloader.drawings import BACKGROUNDS, COLOURS, POSITIONS, SIZES, THINGS, Scene, draw_scene
 from utils.errors import UserError
+from utils.files import write_whole
 
 IMAGE_SIZE = 224
 # People tell more or less of what they see. The held-out captions tell all, so that each fits one picture only.
@@ -84,7 +85,7 @@ def make_sample(output_dir: Path, *, num_train: int = 2000, num_val: int = 200, 
             drawn = pool.map(draw, pictures, chunksize=16)
             list(tqdm(drawn, "drawing the sample dataset", len(pictures), unit="image", disable=None))
         for file, content in texts.items():
-            write(file, json.dumps(content).encode())
+            write_whole(file, json.dumps(content).encode())
     except OSError as error:
         raise UserError(f"the sample dataset cannot be written into {output_dir} ({error.strerror})") from None
 
@@ -142,11 +143,4 @@ def draw(picture: Picture) -> None:
     """Draw a picture and write it as JPEG."""
     buffer = io.BytesIO()
     draw_scene(picture.scene, IMAGE_SIZE, picture.seed).save(buffer, "JPEG", quality=90, subsampling=0)
-    write(picture.path, buffer.getvalue())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file in one step, so that no reader, nor a second process drawing here, meets half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(path)
+    write_whole(picture.path, buffer.getvalue())

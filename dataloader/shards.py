@@ -17,6 +17,7 @@ import numpy as np
 
 from dataloader.tables import PackedStrings
 from utils.errors import UserError
+from utils.files import open_whole
 from utils.images import ImageSource, UnreadableImageError
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
@@ -147,10 +148,9 @@ def index_shards(folder: Path) -> dict[str, np.ndarray]:
 
 def write_index(folder: Path, index: dict[str, np.ndarray]) -> None:
     """Write the index beside the shards. Raises UserError if it cannot be written."""
-    unfinished = folder / "index.tmp.npz"
     try:
-        np.savez(unfinished, **index)
-        unfinished.replace(folder / INDEX_FILE)
+        with open_whole(folder / INDEX_FILE) as file:
+            np.savez(file, **index)
     except OSError as error:
         raise UserError(f"the index of the shards in {folder} cannot be written ({error.strerror})") from None
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.files import open_whole
 from utils.tokenizer import get_tokenizer
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -59,9 +60,8 @@ class TokenTable:
         self.ids = np.concatenate(encoded)
         self.ends = np.cumsum([0, *map(len, encoded)])
         if cache_file:
-            unfinished = cache_file.with_suffix(".tmp.npz")
-            np.savez(unfinished, ids=self.ids, ends=self.ends, fingerprint=fingerprint)
-            unfinished.replace(cache_file)
+            with open_whole(cache_file) as file:
+                np.savez(file, ids=self.ids, ends=self.ends, fingerprint=fingerprint)
 
     def draw(self, images: np.ndarray, draws: np.ndarray, multiple: int = 8) -> Tensor:
         """Return one caption of each image as int64 ids [num_images, length], zeros after each end marker.

@@ -9,7 +9,6 @@ import torch
 
 from model import CLIP, CLIPConfig, load_clip
 from tests.conftest import TINY
-from trainer import checkpoint as checkpoint_module
 from trainer.checkpoint import Checkpoints, TrainState, restore
 from trainer.config import load_train_config
 from trainer.optim import build_optimizer
@@ -108,7 +107,7 @@ def flip(file: Path, place: float) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "other library", "weights alone"])
-def test_a_damaged_newest_one_is_put_aside_and_the_one_before_is_taken(tmp_path: Path, damage):
+def test_a_damaged_newest_one_is_passed_over_and_the_one_before_is_taken(tmp_path: Path, damage):
     checkpoints = make_checkpoints(tmp_path)
     for step in (5, 40):
         checkpoints.save(make_state(step))
@@ -123,10 +122,16 @@ def test_a_damaged_newest_one_is_put_aside_and_the_one_before_is_taken(tmp_path:
         newest.write_bytes(pickle.dumps({"weights": [1.0, 2.0]}))
     else:
         torch.save({"model_state_dict": {}}, newest)
-    told = Told()
-    assert make_checkpoints(tmp_path, told).find("auto")["global_step"] == 5
-    assert names(tmp_path) == ["checkpoint_3_40.pt.damaged", "checkpoint_3_5.pt"]
-    assert len(told) == 1 and "checkpoint_3_40.pt" in told[0] and "put aside" in told[0]
+    content, told = newest.read_bytes(), Told()
+    resumed = make_checkpoints(tmp_path, told, keep_last=2)
+    assert resumed.find("auto")["global_step"] == 5
+    assert len(told) == 1 and "passed over" in told[0] and "checkpoint_3_40.pt" in told[0]
+    for step in (10, 15):
+        resumed.save(make_state(step))
+    assert names(tmp_path) == ["checkpoint_3_10.pt", "checkpoint_3_15.pt", "checkpoint_3_40.pt"]
+    assert newest.read_bytes() == content, "it is the user's, and no good one was deleted for it"
+    resumed.save(make_state(40))
+    assert resumed.find("auto")["global_step"] == 40 and len(told) == 1
 
 
 def test_every_flipped_byte_of_a_weight_is_noticed(tmp_path: Path):
@@ -172,7 +177,7 @@ def test_what_is_no_checkpoint_to_resume_from_is_told(tmp_path: Path):
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path: Path):
-    (tmp_path / "checkpoint_0_5.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / "checkpoint_0_5.pt.part-7").write_bytes(b"half a checkpoint")
     make_checkpoints(tmp_path)
     assert names(tmp_path) == []
 
@@ -232,7 +237,7 @@ def test_a_folder_that_became_read_only_is_survived(tmp_path: Path):
 def test_the_file_and_its_name_reach_the_disk_before_the_save_is_done(tmp_path: Path, monkeypatch):
     events = []
     real_fsync, real_replace = os.fsync, Path.replace
-    monkeypatch.setattr(checkpoint_module.os, "fsync", lambda file: (events.append("fsync"), real_fsync(file)))
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), real_fsync(file)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("replace"), real_replace(path, to)))
     make_checkpoints(tmp_path).save(make_state())
     assert events == ["fsync", "replace", "fsync"]

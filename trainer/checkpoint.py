@@ -1,7 +1,6 @@
 """Checkpoints: the reference's layout, plus what explains the file and what an exact resume needs."""
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -16,10 +15,11 @@ from model import CLIP, load_weights, read_checkpoint
 from trainer.config import TrainConfig
 from trainer.parallel import Runtime
 from utils.errors import UserError
+from utils.files import delete_unfinished, open_whole
 from utils.logger import RunLogger
 
 FORMAT_VERSION = 2
-SUFFIX, UNFINISHED, DAMAGED = ".pt", ".tmp", ".damaged"
+SUFFIX = ".pt"
 CONTENT = {
     "epoch": int, "sample": int, "global_step": int, "validated_step": int, "best": float, "model_state_dict": dict,
     "optimizer_state_dict": dict, "scaler_state_dict": dict, "rank_states": list, "configs": dict,
@@ -60,12 +60,7 @@ class Checkpoints:
         self.saved: Path | None = None  # the newest that this run may be resumed from
         self.seconds: float | None = None  # that the slowest save took
         if runtime.is_main:
-            for unfinished in folder.glob(f"*{UNFINISHED}"):
-                unfinished.unlink()
-
-    def files(self) -> list[Path]:
-        """Return the checkpoint files, oldest first."""
-        return list_checkpoints(self.folder)
+            delete_unfinished(folder)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, in the main process, and delete those that `keep_last` does not keep.
@@ -81,7 +76,8 @@ class Checkpoints:
         self.saved = path
         self.seconds = max(self.seconds or 0, time.perf_counter() - start)
         if self.keep_last:
-            for old in self.files()[: -self.keep_last]:
+            own = [file for file in list_checkpoints(self.folder) if _step_of(file) <= state.global_step]
+            for old in own[: -self.keep_last]:
                 old.unlink(missing_ok=True)
 
     def save_best(self, state: TrainState) -> None:
@@ -94,9 +90,11 @@ class Checkpoints:
     def _write(self, checkpoint: dict[str, Any], path: Path) -> bool:
         """Return whether the file could be written; if not, warn or raise UserError."""
         try:
-            _write(checkpoint, path)
-        except OSError as error:
-            message = f"the checkpoint {path} cannot be written ({error.strerror or error})"
+            with open_whole(path) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+            reason = (error.strerror or error) if isinstance(error, OSError) else "no space for all of it"
+            message = f"the checkpoint {path} cannot be written ({reason})"
             if not self.survives_errors:
                 raise UserError(f"{message}; free the disk or mend it, and go on with --resume auto") from None
             self.logger.warning(f"{message}; training goes on, and saves again at the next save")
@@ -104,22 +102,24 @@ class Checkpoints:
         return True
 
     def expected_seconds(self, state: TrainState) -> float:
-        """Return how long a save takes: the slowest so far, or a guess from the size of the model."""
-        num_bytes = 12 * sum(parameter.numel() for parameter in state.model.parameters())  # weights and two moments
-        return self.seconds or num_bytes / BYTES_PER_SECOND
+        """Return how long a save takes: the slowest so far; before the first a guess from the size of the model."""
+        if self.seconds is None:
+            num_bytes = 12 * sum(parameter.numel() for parameter in state.model.parameters())  # weights, two moments
+            self.seconds = num_bytes / BYTES_PER_SECOND
+        return self.seconds
 
     def find(self, resume: str | None) -> dict[str, Any] | None:
         """Read what `--resume` names: None without it, and for `auto` where nothing has been saved yet.
 
-        `auto` takes the newest checkpoint, and puts aside those that are damaged. Raises UserError where that leaves
-        none, the file is no checkpoint to resume from, or going on from it would overwrite newer ones.
+        `auto` takes the newest checkpoint that can be read, and warns of newer ones. Raises UserError where there is
+        none such, the file is no checkpoint to resume from, or going on from it would overwrite newer ones.
         """
         if resume is None:
             return None
         if resume != "auto":
             path = Path(resume)
             checkpoint = _read(list_checkpoints(path)[-1] if path.is_dir() and list_checkpoints(path) else path)
-            newer = [file for file in self.files() if _step_of(file) > checkpoint["global_step"]]
+            newer = [file for file in list_checkpoints(self.folder) if _step_of(file) > checkpoint["global_step"]]
             if newer:
                 raise UserError(
                     f"{self.folder} holds checkpoints newer than {path} (e.g. {newer[-1].name}), which would be "
@@ -127,13 +127,12 @@ class Checkpoints:
                 )
             self.saved = path
             return checkpoint
-        files = self.files()
+        files = list_checkpoints(self.folder)
         for path in reversed(files):
             try:
                 checkpoint = _read(path)
             except UserError as error:
-                path.rename(path.with_name(path.name + DAMAGED))
-                self.logger.warning(f"{error}; put aside as {path.name}{DAMAGED}")
+                self.logger.warning(f"passed over: {error}")
                 continue
             self.saved = path
             return checkpoint
@@ -193,25 +192,6 @@ def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, 
         "rank_states": rank_states,
         "configs": state.configs,
     }
-
-
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write beside, to the disk, then under its name. Raises OSError."""
-    unfinished = path.with_suffix(UNFINISHED)
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name too
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
-        unfinished.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else OSError("no space for all of it") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

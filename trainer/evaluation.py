@@ -1,7 +1,7 @@
 """Images and captions through a trained model, and what retrieval makes of them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,14 @@ from utils.zero_shot import encode_images
 
 
 def encode_sources(
-    clip: TrainedCLIP, sources: Sequence[ImageSource], *, batch_size: int, num_workers: int
+    clip: TrainedCLIP,
+    sources: Sequence[ImageSource],
+    *,
+    batch_size: int,
+    num_workers: int,
+    shows_progress: bool = True,
 ) -> tuple[Tensor, Tensor, list[Failure]]:
-    """Encode image files or pictures, with a progress bar.
+    """Encode image files or pictures, with a progress bar where there is a terminal and `shows_progress`.
 
     Returns the indices [num_readable] of the sources that could be read, their L2-normalized features
     [num_readable, embed_dim], and the others. Raises UserError if nothing can be read.
@@ -33,7 +38,7 @@ def encode_sources(
         device=clip.model.logit_scale.device,
         load=clip.load,
     )
-    bar = tqdm(loader, "encoding images", unit="batch", disable=None, leave=False)
+    bar = tqdm(loader, "encoding images", unit="batch", disable=None if shows_progress else True, leave=False)
     indices, features = encode_images(clip.model, bar)
     return indices, features, loader.failures
 
@@ -47,14 +52,14 @@ class CaptionFeatures(NamedTuple):
 
 
 def encode_captions(
-    clip: TrainedCLIP, caption_set: CaptionSet, *, batch_size: int, num_workers: int
+    clip: TrainedCLIP, caption_set: CaptionSet, **options: Any
 ) -> tuple[CaptionFeatures, list[int], list[Failure]]:
-    """Encode the images of `caption_set` and their captions.
+    """Encode the images of `caption_set` and their captions; the options are those of `encode_sources`.
 
     Returns the features, the numbers of the images that could be read, in the order of the features, and the others.
     """
     sources = caption_set.shards or [image.path for image in caption_set.images]
-    indices, image_features, failures = encode_sources(clip, sources, batch_size=batch_size, num_workers=num_workers)
+    indices, image_features, failures = encode_sources(clip, sources, **options)
     captions = [caption_set.images[index].captions for index in indices.tolist()]
     text_features = clip.encode_text([caption for own in captions for caption in own])
     image_of_text = torch.tensor([row for row, own in enumerate(captions) for _ in own], device=indices.device)

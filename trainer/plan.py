@@ -6,6 +6,7 @@ from pathlib import Path
 from dataloader.captions import CaptionSet
 from dataloader.stream import ShardStream
 from model import CLIP
+from trainer.checkpoint import list_checkpoints
 from trainer.config import TrainConfig
 from trainer.lock import RunLock
 from trainer.optim import cosine_warmup_lr
@@ -95,7 +96,7 @@ def make_folders(output_dir: Path, config: TrainConfig, runtime: Runtime, resume
     folders = RunFolders(output_dir / config.saved_checkpoints, output_dir / config.logs)
     if not runtime.is_main:
         return folders
-    earlier = sorted(folders.checkpoints.glob("checkpoint_*_*.pt"))
+    earlier = list_checkpoints(folders.checkpoints)
     if resume not in (None, "auto") and not Path(resume).exists():
         raise UserError(f"the checkpoint {resume} does not exist; check the path, or use --resume auto")
     if earlier and not resume:

@@ -14,7 +14,7 @@ from trainer.evaluation import CaptionFeatures
 from utils.errors import UserError
 from utils.images import load_image
 from utils.plots import Match, plot_class_accuracies, plot_confusion, plot_retrieval
-from utils.retrieval import FOLD_SIZE, fold_metrics, format_metrics, retrieval_metrics
+from utils.retrieval import FOLD_SIZE, RetrievalRanks, fold_metrics, format_metrics, retrieval_metrics
 from utils.text import printable
 from utils.zero_shot import ZeroShotAccuracy, wilson_interval
 
@@ -83,11 +83,10 @@ def write_retrieval(
     _write(stem, lines, {**content, **protocol})
     _draw_matches(features, dataset, readable, beside(stem, ".png"))
     print(f"wrote {stem}.txt, .json and .png")
-    short = {"image_to_text": "i2t", "text_to_image": "t2i"}
     figures = {}
-    for key, value in sorted(metrics.items(), key=lambda item: item[0][:13]):
-        direction, figure = key[:13], key[14:].replace("_rank", "")
-        figures[f"{short[direction]} {figure}"] = value if figure == "median" else 100 * value
+    for direction, short in zip(RetrievalRanks._fields, ("i2t", "t2i"), strict=True):
+        figures |= {f"{short} R@{k}": 100 * metrics[f"{direction}_R@{k}"] for k in (1, 5, 10)}
+        figures[f"{short} median"] = metrics[f"{direction}_median_rank"]
     return figures
 
 

@@ -47,7 +47,11 @@ class Validation:
         self.config = config
         self.runtime = runtime
         self.logger = logger
-        self.loading = {"batch_size": config.per_gpu_eval_batch_size, "num_workers": config.num_workers}
+        self.loading = {
+            "batch_size": config.per_gpu_eval_batch_size,
+            "num_workers": config.num_workers,
+            "shows_progress": runtime.is_main,
+        }
         self.metrics: dict[str, float] = {}  # of the last validation
 
     def warn_of_shared_images(self, train_set: CaptionSet | ShardStream) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from utils.files import write_whole
+
 
 class RunLogger:
     """Lines to the terminal and `training_logs.txt`, rows to `metrics.jsonl` and TensorBoard, and a bar of steps."""
@@ -63,9 +65,7 @@ class RunLogger:
             except (ValueError, KeyError, TypeError):
                 continue
         self._metrics.close()
-        unfinished = self.metrics_file.with_suffix(".tmp")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        unfinished.replace(self.metrics_file)
+        write_whole(self.metrics_file, "".join(kept).encode())
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
 
     def start_bar(self, total_steps: int, first_step: int = 0) -> None:

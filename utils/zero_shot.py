@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from utils import imagenet
 from utils.errors import UserError
+from utils.files import open_whole
 
 TEMPLATE = "a photo of a {}."
 TEMPLATE_SETS = ("single", "simple", "openai")
@@ -109,10 +110,9 @@ def build_classifier(
     if file:
         with contextlib.suppress(OSError):  # without a cache the next call takes longer, no more
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".tmp")
             digest = hashlib.sha256(_bytes(classifier)).hexdigest()
-            torch.save({"classifier": classifier.cpu(), "digest": digest}, unfinished)
-            unfinished.replace(file)
+            with open_whole(file) as out:
+                torch.save({"classifier": classifier.cpu(), "digest": digest}, out)
     return classifier
 
 
