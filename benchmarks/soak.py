@@ -91,17 +91,18 @@ def usage(pid: int) -> tuple[float, int]:
 
 
 def watch(process: subprocess.Popen, output: Path) -> list[tuple[int, float, int]]:
-    """Return (epoch, MiB, open files) once an epoch while the run goes on."""
-    seen: list[tuple[int, float, int]] = []
+    """Return (epoch, MiB, open files) of each epoch while the run goes on: the least, since a step comes and goes."""
+    least: dict[int, tuple[float, int]] = {}
     while process.poll() is None:
-        rows = rows_of(output)
-        if rows and (not seen or rows[-1]["epoch"] > seen[-1][0]):
+        if rows := rows_of(output):
+            epoch = rows[-1]["epoch"]
             try:
-                seen.append((rows[-1]["epoch"], *usage(process.pid)))
+                now = usage(process.pid)
             except OSError:  # it just ended
                 break
+            least[epoch] = tuple(map(min, least.get(epoch, now), now))
         time.sleep(0.2)
-    return seen
+    return [(epoch, *figures) for epoch, figures in least.items()]
 
 
 def check_flat(seen: list[tuple[int, float, int]]) -> None:
