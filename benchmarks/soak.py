@@ -25,7 +25,7 @@ from trainer.checkpoint import list_checkpoints
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ["--sample", "--epochs", "20", "--set", "trainer.num_workers=2"]
+SAMPLE = ["--sample", "--epochs", "20", "--set", "trainer.num_workers=2", "--set", "trainer.eval_steps=62"]
 EVERY_STEP = ["--set", "trainer.logging_steps=1", "--set", "trainer.save_steps=5", "--resume", "auto"]
 TIMING = {"pairs_per_second", "data_wait_share", "peak_memory_gib"}  # columns of the log that no two runs share
 GROWTH = 1.05  # of memory, that may pass for flat
@@ -81,11 +81,11 @@ def processes_of(pid: int) -> Iterator[Path]:
 
 
 def usage(pid: int) -> tuple[float, int]:
-    """Return the private memory in MiB and the number of open files of a process and its children."""
+    """Return the memory in MiB that a process and its children have written to and share with none, and their files."""
     memory, num_files = 0.0, 0
     for process in processes_of(pid):
         lines = (process / "smaps_rollup").read_text().splitlines()
-        memory += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+        memory += sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
         num_files += len(list((process / "fd").iterdir()))
     return memory, num_files
 
@@ -108,7 +108,7 @@ def watch(process: subprocess.Popen, output: Path) -> list[tuple[int, float, int
 def check_flat(seen: list[tuple[int, float, int]]) -> None:
     for epoch, memory, num_files in seen:
         print(f"epoch {epoch:>2}  {memory:7.0f} MiB  {num_files} open files")
-    early, late = seen[2:6], seen[-4:]
+    early, late = seen[4:8], seen[-4:]  # both with two validations
     for column, name, growth in ((1, "memory", GROWTH), (2, "open files", 1.0)):
         before, after = (min(row[column] for row in rows) for rows in (early, late))
         if after > growth * before:
@@ -137,12 +137,13 @@ def soak(flags: list[str], folder: Path, kills: int, seed: int, *, watches: bool
         check_flat(seen)
 
     expected, output = rows_of(folder / "alone"), folder / "killed"
+    num_steps = expected[-1]["step"]
     for number in range(kills):
-        step = round(len(expected) * (number + rng.random()) / (kills + 1))
+        step = round(num_steps * (number + rng.random()) / (kills + 1))
         kill_once(number, step, start(flags, folder, "killed"), output, rng)
         for file in list_checkpoints(output / "saved_checkpoints"):
             read_checkpoint(file)  # raises UserError if it is torn
-        print(f"kill {number + 1}: after step {(rows_of(output) or [{'step': 0}])[-1]['step']} of {len(expected)}")
+        print(f"kill {number + 1}: after step {(rows_of(output) or [{'step': 0}])[-1]['step']} of {num_steps}")
     if start(flags, folder, "killed").wait() != 0:
         raise SoakError(f"the last resumed run failed; see {folder / 'killed.txt'}")
 
