@@ -11,6 +11,7 @@ ends are the same, no checkpoint was ever torn, nothing is left behind, and memo
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ["--sample", "--epochs", "20", "--set", "trainer.num_workers=2", "--set", "trainer.eval_steps=62"]
 EVERY_STEP = ["--set", "trainer.logging_steps=1", "--set", "trainer.save_steps=5", "--resume", "auto"]
 TIMING = {"pairs_per_second", "data_wait_share", "peak_memory_gib"}  # columns of the log that no two runs share
-GROWTH = 1.05  # of memory, that may pass for flat
+GROWTH = 1.05  # that may pass for flat
 
 
 class SoakError(Exception):
@@ -91,27 +92,26 @@ def usage(pid: int) -> tuple[float, int]:
 
 
 def watch(process: subprocess.Popen, output: Path) -> list[tuple[int, float, int]]:
-    """Return (epoch, MiB, open files) of each epoch while the run goes on: the least, since a step comes and goes."""
-    least: dict[int, tuple[float, int]] = {}
+    """Return (epoch, MiB, open files) of each epoch while the run goes on: medians, since a step comes and goes."""
+    seen: dict[int, list[tuple[float, int]]] = {}
     while process.poll() is None:
         if rows := rows_of(output):
             epoch = rows[-1]["epoch"]
             try:
-                now = usage(process.pid)
+                seen.setdefault(epoch, []).append(usage(process.pid))
             except OSError:  # it just ended
                 break
-            least[epoch] = tuple(map(min, least.get(epoch, now), now))
-        time.sleep(0.2)
-    return [(epoch, *figures) for epoch, figures in least.items()]
+        time.sleep(0.1)
+    return [(epoch, *map(statistics.median_high, zip(*usages, strict=True))) for epoch, usages in seen.items()]
 
 
 def check_flat(seen: list[tuple[int, float, int]]) -> None:
     for epoch, memory, num_files in seen:
         print(f"epoch {epoch:>2}  {memory:7.0f} MiB  {num_files} open files")
     early, late = seen[4:8], seen[-4:]  # both with two validations
-    for column, name, growth in ((1, "memory", GROWTH), (2, "open files", 1.0)):
-        before, after = (min(row[column] for row in rows) for rows in (early, late))
-        if after > growth * before:
+    for column, name in ((1, "memory"), (2, "open files")):
+        before, after = (statistics.median_high(row[column] for row in rows) for rows in (early, late))
+        if after > GROWTH * before:
             raise SoakError(f"{name} grew from {before:.0f} to {after:.0f}")
 
 
