@@ -39,7 +39,8 @@ class ImageDataset(Dataset):
 class ThreadedLoader:
     """Batches read by threads, none ahead: where the model computes on the CPU, all cores read, then all compute.
 
-    Processes that read beside it would take turns with its threads, and copy every image once more.
+    Processes that read beside it would take turns with its threads, and copy every image once more. Without threads
+    the caller's reads: what is quickly read, since threads would wait for each other's turn with the interpreter.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_threads: int) -> None:
@@ -51,9 +52,10 @@ class ThreadedLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
-        with ThreadPoolExecutor(self.num_threads) as pool:  # decoding and resizing let other threads run
+        with ThreadPoolExecutor(max(1, self.num_threads)) as pool:  # decoding and resizing let other threads run
+            map_items = pool.map if self.num_threads else map
             for indices in self.batches:
-                yield _collate_images(list(pool.map(self.dataset.__getitem__, indices.tolist())))
+                yield _collate_images(list(map_items(self.dataset.__getitem__, indices.tolist())))
 
 
 class ImageLoader:
@@ -77,7 +79,8 @@ class ImageLoader:
     ) -> None:
         dataset, num_workers = ImageDataset(sources, image_size, load), usable_workers(num_workers)
         if device.type == "cpu":
-            self.loader = ThreadedLoader(dataset, batch_size, max(1, num_workers))
+            is_decoded = isinstance(sources, list) and isinstance(sources[0], Image.Image)
+            self.loader = ThreadedLoader(dataset, batch_size, 0 if is_decoded else max(1, num_workers))
         else:
             self.loader = DataLoader(
                 dataset,
