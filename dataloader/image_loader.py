@@ -39,8 +39,8 @@ class ImageDataset(Dataset):
 class ThreadedLoader:
     """Batches read by threads, none ahead: where the model computes on the CPU, all cores read, then all compute.
 
-    Processes that read beside it would take turns with its threads, and copy every image once more. Without threads
-    the caller's reads: what is quickly read, since threads would wait for each other's turn with the interpreter.
+    Processes that read beside it would take turns with its threads, and copy every image once more. One thread is the
+    caller's own: enough for what is quickly read, where several would wait for their turn with the interpreter.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_threads: int) -> None:
@@ -52,8 +52,8 @@ class ThreadedLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[Failure]]]:
-        with ThreadPoolExecutor(max(1, self.num_threads)) as pool:  # decoding and resizing let other threads run
-            map_items = pool.map if self.num_threads else map
+        with ThreadPoolExecutor(self.num_threads) as pool:  # decoding and resizing let other threads run
+            map_items = pool.map if self.num_threads > 1 else map
             for indices in self.batches:
                 yield _collate_images(list(map_items(self.dataset.__getitem__, indices.tolist())))
 
@@ -80,7 +80,7 @@ class ImageLoader:
         dataset, num_workers = ImageDataset(sources, image_size, load), usable_workers(num_workers)
         if device.type == "cpu":
             is_decoded = isinstance(sources, list) and isinstance(sources[0], Image.Image)
-            self.loader = ThreadedLoader(dataset, batch_size, 0 if is_decoded else max(1, num_workers))
+            self.loader = ThreadedLoader(dataset, batch_size, 1 if is_decoded else max(1, num_workers))
         else:
             self.loader = DataLoader(
                 dataset,

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class TrainState:
     validated_step: int = 0  # the last one whose model was validated
     best: float = -math.inf  # value of the best metric so far, larger is better
     meter: dict[str, Any] = field(default_factory=dict)  # this process's sums since the last row of the log
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The model's, counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 class Checkpoints:
@@ -103,10 +109,7 @@ class Checkpoints:
 
     def expected_seconds(self, state: TrainState) -> float:
         """Return how long a save takes: the slowest so far; before the first a guess from the size of the model."""
-        if self.seconds is None:
-            num_bytes = 12 * sum(parameter.numel() for parameter in state.model.parameters())  # weights, two moments
-            self.seconds = num_bytes / BYTES_PER_SECOND
-        return self.seconds
+        return self.seconds or 12 * state.num_parameters / BYTES_PER_SECOND  # weights and two moments
 
     def find(self, resume: str | None) -> dict[str, Any] | None:
         """Read what `--resume` names: None without it, and for `auto` where nothing has been saved yet.

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from utils.files import write_whole
+from utils.files import delete_unfinished, write_whole
 
 
 class RunLogger:
@@ -65,6 +65,7 @@ class RunLogger:
             except (ValueError, KeyError, TypeError):
                 continue
         self._metrics.close()
+        delete_unfinished(self.metrics_file.parent)  # the run's lock keeps others out
         write_whole(self.metrics_file, "".join(kept).encode())
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
 
