@@ -27,12 +27,13 @@ from trainer.accumulation import backward_in_chunks
 from trainer.checkpoint import Checkpoints, TrainState, restore
 from trainer.config import TrainConfig, load_train_config
 from trainer.interrupt import STOPPED, Interruption, parse_duration
-from trainer.loss import LOSSES
+from trainer.loss import Objective
 from trainer.metrics import StepMeter
 from trainer.optim import BatchNormStatistics, build_optimizer, clip_logit_scale, set_lr, take_step
 from trainer.parallel import Runtime, init_runtime, without_sync, wrap
 from trainer.plan import RunPlan, describe_run, make_folders, make_plan
 from trainer.validation import Validation
+from trainer.words import WordLoss
 from utils.config import parse_override, to_plain
 from utils.errors import UserError, run_script
 from utils.logger import RunLogger
@@ -52,6 +53,16 @@ SAMPLE_CONFIG = {
     "dataloader.train_annotation_file": f"{SAMPLE_DIR}/annotations/captions_train.json",
     "dataloader.val_img_dir": f"{SAMPLE_DIR}/val",
     "dataloader.val_annotation_file": f"{SAMPLE_DIR}/annotations/captions_val.json",
+}
+BEST_RECIPE = {  # of those that benchmarks/learning.py compares
+    "dataloader.augmentation": "standard",
+    "dataloader.flip": True,
+    "dataloader.color_jitter": 0.3,
+    "dataloader.token_dropout": 0.15,
+    "trainer.word_loss_weight": 1.0,
+    "trainer.optimizer.params.lr": 1e-3,
+    "trainer.optimizer.params.weight_decay": None,
+    "trainer.optimizer.decay_timescale": 11.2,
 }
 
 
@@ -75,6 +86,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     interruption: Interruption
     validation: Validation
+    objective: Objective
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.activation_checkpointing:
         model.recompute_activations()
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    state = TrainState(model, build_optimizer(model, config.optimizer), scaler, to_plain(configs))
+    state = TrainState(model, build_optimizer(model, config.optimizer, plan.weight_decay), scaler, to_plain(configs))
     checkpoint = runtime.from_main(lambda: checkpoints.find(args.resume))
     if checkpoint:
         restore(state, checkpoint, runtime, logger.info)
@@ -129,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
             warn=logger.warning,
         )
     parallel_model = wrap(model, runtime, config)
+    word_loss = WordLoss(loader.captions, runtime.device) if config.word_loss_weight else None
+    objective = Objective(model, config, word_loss)
 
     logger.info(describe_run(plan, config, runtime, model, train_set))
     logger.log_config(state.configs)
@@ -137,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     validation.warn_of_shared_images(train_set)
     meter = StepMeter(state, logger, loader, checkpoints, plan, config, runtime)
     with Interruption(args.time_limit, start) as interruption:
-        run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption, validation)
+        run = Run(config, plan, runtime, order, iter(loader), meter, checkpoints, interruption, validation, objective)
         if validation.is_due(state):  # the run was stopped just before it
             validation.run(state)
         while state.epoch < config.num_train_epochs and not interruption.reason:
@@ -156,8 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 def train_one_epoch(state: TrainState, parallel_model: nn.Module, run: Run) -> None:
     """Show the model every image that is left of the epoch, with one of its captions, and update it step by step."""
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    config, plan, meter = run.config, run.plan, run.meter
-    loss_fn = LOSSES[config.loss]
+    config, plan, meter, objective = run.config, run.plan, run.meter, run.objective
     num_micro_batches = config.gradient_accumulation_steps
     statistics = BatchNormStatistics(model)
     parallel_model.train()
@@ -169,13 +182,13 @@ def train_one_epoch(state: TrainState, parallel_model: nn.Module, run: Run) -> N
         micro_batches = islice(run.batches, num_micro_batches)
         if config.accumulation == "contrastive":
             chunks = list(micro_batches)
-            scalars = backward_in_chunks(model, parallel_model, chunks, loss_fn, scaler)
+            scalars = backward_in_chunks(model, parallel_model, chunks, objective, scaler)
             meter.update(state, scalars, torch.cat([chunk.indices for chunk in chunks]))
         else:
             for number, batch in enumerate(micro_batches, start=1):
                 with without_sync(parallel_model, is_last=number == num_micro_batches):
                     image_features, text_features = parallel_model(batch.images, batch.tokens)  # [batch, embed_dim]
-                    loss, scalars = loss_fn(image_features, text_features, model.logit_scale.exp(), model.logit_bias)
+                    loss, scalars = objective(image_features, text_features, batch.indices)
                     scaler.scale(loss / num_micro_batches).backward()
                 meter.update(state, scalars, batch.indices)
 
@@ -242,8 +255,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_configs(args: argparse.Namespace) -> Configs:
-    """Read the three YAML files; the sample's settings, then --set, then the other flags override them."""
-    overrides = dict(SAMPLE_CONFIG if args.sample else {}) | dict(map(parse_override, args.set))
+    """Read the three YAML files; the sample's settings, the recipe, --set and the other flags override them in turn."""
+    changes = dict(map(parse_override, args.set))
+    recipe = changes.get("trainer.recipe", load_train_config().recipe)
+    overrides = (SAMPLE_CONFIG if args.sample else {}) | (BEST_RECIPE if recipe == "best" else {}) | changes
     flags = {
         "model.name": args.model,
         "trainer.num_train_epochs": args.epochs,
@@ -262,11 +277,10 @@ def load_configs(args: argparse.Namespace) -> Configs:
         sections[section].append((key, value))
     trainer = load_train_config(sections["trainer"])
     sections["model"].append(("logit_bias", trainer.loss == "sigmoid"))
-    return Configs(
-        model=load_model_config(sections["model"]),
-        trainer=trainer,
-        dataloader=load_data_config(sections["dataloader"]),
-    )
+    data = load_data_config(sections["dataloader"])
+    if trainer.word_loss_weight and data.format == "stream":
+        raise UserError("word_loss_weight needs all captions at the start, which a stream has not; set it to 0")
+    return Configs(model=load_model_config(sections["model"]), trainer=trainer, dataloader=data)
 
 
 if __name__ == "__main__":

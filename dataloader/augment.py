@@ -76,6 +76,16 @@ class Augmentation:
         return torch.lerp(grey, images, factors[:, SATURATION]).clamp(0, 255)
 
 
+def drop_tokens(tokens: Tensor, draws: np.ndarray, share: float) -> Tensor:
+    """Return texts, int64 [batch, length], in which a `share` of the tokens between the markers is 0, as padding is.
+
+    `draws`: [batch, length] in [0, 1). Word dropout (Iyyer et al. 2015, section 3.2).
+    """
+    columns = torch.arange(tokens.shape[1])
+    is_between = (columns > 0) & (columns < tokens.argmax(dim=1, keepdim=True))  # the end marker has the highest id
+    return tokens.masked_fill(is_between & torch.from_numpy(draws < share), 0)
+
+
 def crop_boxes(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
     """Return (top, left, height, width) of random-resized crops, int64 [4, ...] for draws [..., NUM_DRAWS].
 

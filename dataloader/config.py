@@ -30,6 +30,7 @@ class DataConfig:
     crop_scale: tuple[float, float]  # share of the image's area that a random crop covers, least and most
     flip: bool
     color_jitter: float
+    token_dropout: float  # share of a caption's tokens, in [0, 1)
     image_mean: tuple[float, float, float]  # of RGB in [0, 1]
     image_std: tuple[float, float, float]
     max_unreadable_share: float  # of the training images, in [0, 0.5]
@@ -41,6 +42,10 @@ class DataConfig:
             raise ValueError(f"crop_scale should be two rising numbers in (0, 1], found {list(self.crop_scale)}")
         if not 0 <= self.color_jitter <= 1:
             raise ValueError(f"color_jitter should be in [0, 1], found {self.color_jitter}")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"token_dropout should be in [0, 1), found {self.token_dropout}")
+        if self.token_dropout and self.format == "stream":
+            raise ValueError("token_dropout should be 0 for format stream")
         if self.cache != "none" and self.format in ("shards", "stream"):
             raise ValueError(f"cache should be none for format {self.format}: shards need no other")
         if not all(0 <= mean <= 1 for mean in self.image_mean):

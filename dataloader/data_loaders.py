@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
+from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation, drop_tokens
 from dataloader.batch import Batch, Failure
 from dataloader.cache import PixelCache, open_cache
 from dataloader.captions import CaptionSet, read_captions
@@ -55,12 +55,14 @@ class CaptionDataset(Dataset):
         *,
         seed: int,
         leaves_squares: bool = False,
+        token_dropout: float = 0.0,
     ) -> None:
         self.source = source
         self.tokens = tokens
         self.augmentation = augmentation
         self.seed = seed
         self.leaves_squares = leaves_squares
+        self.token_dropout = token_dropout
         self.side = getattr(source, "side", None)
         self.buffer = np.empty(BUFFER_BYTES, dtype=np.uint8)
 
@@ -81,6 +83,9 @@ class CaptionDataset(Dataset):
                 if image is not None:
                     place.copy_(image if self.leaves_squares else self.augmentation.crop(image, draws[row]))
         tokens = self.tokens.draw(indices, draws[:, CAPTION])
+        if self.token_dropout:
+            token_draws = random_numbers(self.seed, epoch, indices, NUM_DRAWS + tokens.shape[1])[:, NUM_DRAWS:]
+            tokens = drop_tokens(tokens, token_draws, self.token_dropout)
         return Batch(images, tokens, torch.from_numpy(indices), draws, failures)
 
     def _read(self, epoch: int, indices: np.ndarray, row: int, failures: list[Failure]) -> Tensor | None:
@@ -132,6 +137,7 @@ class TrainLoader:
         self.leaves_squares = False  # a GPU crops what is packed; without one, the workers do
         self.advice = ""  # to a run that waits for its data
         self.image_ids: Sequence[int | str] = ()  # by a batch's indices; a stream has none
+        self.captions: TokenTable | None = None  # of the same images
         num_workers = usable_workers(num_workers)
         # with a generator of its own the loader does not draw from torch's, whose state a checkpoint keeps
         common = {
@@ -156,13 +162,20 @@ class TrainLoader:
             train_set, source = open_cache(train_set, config, image_size=image_size, num_workers=num_workers, tell=tell)
         self.image_ids = [image.image_id for image in train_set.images]
         tokens_file = None if config.cache == "none" else source.folder / "tokens.npz"
-        tokens = TokenTable([image.captions for image in train_set.images], context_length, tokens_file)
+        self.captions = TokenTable([image.captions for image in train_set.images], context_length, tokens_file)
         self.leaves_squares = device.type == "cuda" and getattr(source, "side", None) is not None
         if source is None:
             source = PackedStrings(image.path for image in train_set.images)
         if isinstance(source, PixelCache) and _fits_on(device, source, config.cache_device):
             self.resident, source = source.copy_to(device), None
-        dataset = CaptionDataset(source, tokens, self.augmentation, seed=order.seed, leaves_squares=self.leaves_squares)
+        dataset = CaptionDataset(
+            source,
+            self.captions,
+            self.augmentation,
+            seed=order.seed,
+            leaves_squares=self.leaves_squares,
+            token_dropout=config.token_dropout,
+        )
         self.loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, num_workers=num_workers, **common)
 
     def __iter__(self) -> Iterator[Batch]:

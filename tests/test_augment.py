@@ -3,10 +3,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataloader.augment import AREA, ASPECT, BRIGHTNESS, FLIP, NUM_DRAWS, SATURATION, Augmentation, crop_boxes
+from dataloader.augment import (
+    AREA,
+    ASPECT,
+    BRIGHTNESS,
+    FLIP,
+    NUM_DRAWS,
+    SATURATION,
+    Augmentation,
+    crop_boxes,
+    drop_tokens,
+)
 from dataloader.config import load_data_config
 from dataloader.tables import random_numbers
 from utils.images import resize_and_crop
+from utils.tokenizer import get_tokenizer
 
 
 def augmentation(size=32, **changes) -> Augmentation:
@@ -18,6 +29,17 @@ def picture(height=60, width=80, seed=0) -> torch.Tensor:
 
 
 DRAWS = random_numbers(1, 2, np.arange(5_000), NUM_DRAWS)
+
+
+def test_dropped_tokens_lie_between_the_markers_and_are_as_many_as_wanted():
+    tokens = get_tokenizer()(["a dog", "a black cat on a very long red sofa"] * 500)
+    draws = random_numbers(1, 0, np.arange(1000), tokens.shape[1])
+    dropped = drop_tokens(tokens, draws, 0.2)
+    is_word = (tokens > 0) & (tokens < 49406)
+    assert torch.equal(dropped[~is_word], tokens[~is_word])
+    changed = dropped != tokens
+    assert set(dropped[changed].tolist()) == {0} and 0.18 < (changed.sum() / is_word.sum()).item() < 0.22
+    assert torch.equal(drop_tokens(tokens, draws, 0.0), tokens)
 
 
 def test_the_reference_sees_the_centre_whatever_the_numbers():

@@ -31,7 +31,7 @@ def make_state(step: int = 120, seed: int = 0, config: CLIPConfig = TINY) -> Tra
     model = CLIP(config)
     preprocessing = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     configs = {"model": to_plain(config), "trainer": to_plain(load_train_config()), "dataloader": preprocessing}
-    optimizer = build_optimizer(model, load_train_config().optimizer)
+    optimizer = build_optimizer(model, load_train_config().optimizer, weight_decay=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

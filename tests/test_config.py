@@ -4,6 +4,7 @@ from typing import Literal
 
 import pytest
 
+import train
 from dataloader.config import load_data_config
 from model import CLIPConfig, load_model_config
 from model.config import CONFIG_FILE as MODEL_FILE
@@ -95,13 +96,13 @@ def test_bad_yaml_is_one_sentence(tmp_path: Path, text, message):
 
 
 def test_every_yaml_file_loads_and_holds_the_reference_values():
-    train, data, model = load_train_config(), load_data_config(), load_model_config()
-    assert (train.per_gpu_train_batch_size, train.per_gpu_eval_batch_size, train.n_gpu) == (64, 128, 4)
-    assert (train.num_train_epochs, train.logging_steps, train.save_steps, train.seed) == (35, 50, 1000, 11)
-    assert (train.optimizer.params.lr, train.optimizer.params.eps, train.optimizer.params.weight_decay) == (
+    trainer, data, model = load_train_config(), load_data_config(), load_model_config()
+    assert (trainer.per_gpu_train_batch_size, trainer.per_gpu_eval_batch_size, trainer.n_gpu) == (64, 128, 4)
+    assert (trainer.num_train_epochs, trainer.logging_steps, trainer.save_steps, trainer.seed) == (35, 50, 1000, 11)
+    assert (trainer.optimizer.params.lr, trainer.optimizer.params.eps, trainer.optimizer.params.weight_decay) == (
         5e-4, 1e-8, 0.1,
     )  # fmt: skip
-    assert train.warmup_share == 0.2
+    assert trainer.warmup_share == 0.2 and trainer.optimizer.decay_timescale is None
     assert data.image_mean == (0.4225, 0.4012, 0.3659) and data.image_std == (0.2681, 0.2635, 0.2763)
     assert (model.name, model.embed_dim, model.vision_layers, model.transformer_layers) == (
         "RN50",
@@ -109,6 +110,25 @@ def test_every_yaml_file_loads_and_holds_the_reference_values():
         (3, 4, 6, 3),
         6,
     )
+
+
+def test_the_best_recipe_changes_the_references_and_what_is_set_changes_the_recipe():
+    def configs(*flags: str) -> train.Configs:
+        return train.load_configs(train.parse_args(list(flags)))
+
+    reference, best = configs(), configs("--set", "trainer.recipe=best")
+    assert reference.trainer.recipe == "reference" and configs("--set", "trainer.recipe=reference") == reference
+    assert best.trainer.recipe == "best"
+    for dotted_key, value in train.BEST_RECIPE.items():
+        section, *keys = dotted_key.split(".")
+        values = [to_plain(config._asdict()[section]) for config in (reference, best)]
+        for key in keys:
+            values = [part[key] for part in values]
+        assert values[1] == value != values[0]
+    changed = configs("--set", "dataloader.flip=false", "--set", "trainer.recipe=best")
+    assert not changed.dataloader.flip and changed.dataloader.augmentation == "standard"
+    with pytest.raises(UserError, match="recipe should be one of reference, best, found 'bset'"):
+        configs("--set", "trainer.recipe=bset")
 
 
 def test_every_named_architecture_is_possible():

@@ -26,7 +26,7 @@ def losses(*, padded=False, channels_last=True, compiled=False, precision="fp32"
         model.encode_image = model.visual
     if compiled:
         model.compile()
-    optimizer = build_optimizer(model, load_train_config([("optimizer.params.lr", 3e-4)]).optimizer)
+    optimizer = build_optimizer(model, load_train_config([("optimizer.params.lr", 3e-4)]).optimizer, weight_decay=0.1)
     step_model = Autocast(model, Runtime(torch.device("cpu"), 1, precision=precision)).train()
     generator = torch.Generator().manual_seed(4)
     pool = torch.randn(BATCH_SIZE * 2, 3, 32, 32, generator=generator)  # seen again and again, so that it is learned

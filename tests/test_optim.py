@@ -38,7 +38,7 @@ def test_a_schedule_may_have_no_warmup_or_nothing_else():
 def decayed_names(*, decay_all: bool) -> set[str]:
     config = load_train_config([("optimizer.decay_all", decay_all)]).optimizer
     model = CLIP(TINY)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, weight_decay=0.1)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     return {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
@@ -55,9 +55,19 @@ def test_the_reference_decays_everything():
     assert decayed_names(decay_all=True) == {name for name, _ in CLIP(TINY).named_parameters()}
 
 
+def test_a_timescale_is_the_weight_decay_that_forgets_as_much_in_as_many_epochs():
+    fixed = load_train_config([("optimizer.params.weight_decay", 0.3)]).optimizer
+    assert fixed.weight_decay(steps_per_epoch=100) == fixed.weight_decay(steps_per_epoch=1000) == 0.3
+    params = [("optimizer.params.lr", 1e-3), ("optimizer.params.weight_decay", None)]
+    config = load_train_config([*params, ("optimizer.decay_timescale", 2.5)]).optimizer
+    for steps_per_epoch in (10, 1000):
+        decay_per_step = 1e-3 * config.weight_decay(steps_per_epoch)
+        assert (1 - decay_per_step) ** (2.5 * steps_per_epoch) == pytest.approx(math.exp(-1), rel=0.03)
+
+
 def test_the_optimizer_takes_its_values_from_the_config():
     config = load_train_config([("optimizer.params.betas", [0.8, 0.98]), ("optimizer.params.eps", 1e-6)]).optimizer
-    optimizer = build_optimizer(CLIP(TINY), config)
+    optimizer = build_optimizer(CLIP(TINY), config, weight_decay=0.1)
     assert optimizer.defaults["betas"] == (0.8, 0.98) and optimizer.defaults["eps"] == 1e-6
     set_lr(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
@@ -79,7 +89,7 @@ def stepped(gradient: float, max_grad_norm: float | None = None) -> tuple[nn.Mod
     model(torch.full((4, 3), gradient))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
-    optimizer = build_optimizer(model, load_train_config().optimizer)
+    optimizer = build_optimizer(model, load_train_config().optimizer, weight_decay=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     grad_norm, is_skipped = take_step(model, optimizer, scaler, statistics, max_grad_norm)
     return model, grad_norm.item(), bool(is_skipped)

@@ -16,15 +16,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataloader.batch import Batch
+from dataloader.tables import TokenTable
 from model import CLIP, CLIPConfig
 from tests.conftest import ROOT, SCRIPT_ENVIRONMENT, TINY, make_captions
 from trainer.accumulation import backward_in_chunks
 from trainer.config import load_train_config
-from trainer.loss import LOSSES
+from trainer.loss import LOSSES, Objective
 from trainer.parallel import init_runtime, without_sync, wrap
+from trainer.words import LOGIT_SCALE, WordLoss
 
 VIT = {"vision_layers": 2, "vision_patch_size": 16, "vision_width": 64, "image_resolution": 32, "transformer_layers": 2}
 NUM_PAIRS = 16
+CAPTIONS = [[f"a photo of number {number % 5}", f"number {number % 3} in a photo"] for number in range(NUM_PAIRS)]
+WORD_LOSS_WEIGHT = 0.7
 
 
 def make_model(loss: str, **changes) -> CLIP:
@@ -39,6 +43,13 @@ def make_pairs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(NUM_PAIRS, 3, 32, 32, generator=generator), tokens
 
 
+def make_objective(model: CLIP, loss: str) -> Objective:
+    """Return the objective of a run with the `loss`, which may be "softmax and words"."""
+    name, _, words = loss.partition(" and ")
+    config = load_train_config([("loss", name), ("word_loss_weight", WORD_LOSS_WEIGHT if words else 0.0)])
+    return Objective(model, config, WordLoss(TokenTable(CAPTIONS, 77), torch.device("cpu")) if words else None)
+
+
 def gradients_of(model: CLIP) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -48,12 +59,32 @@ def plain_gradients(loss: str) -> dict[str, torch.Tensor]:
     model = make_model(loss)
     images, texts = model(*make_pairs())
     logits, partners = model.logit_scale.exp() * images @ texts.t(), torch.arange(NUM_PAIRS)
-    if loss == "softmax":
+    if loss.startswith("softmax"):
         value = (F.cross_entropy(logits, partners) + F.cross_entropy(logits.t(), partners)) / 2
     else:
         value = F.softplus(-(2 * torch.eye(NUM_PAIRS) - 1) * (logits + model.logit_bias)).sum() / NUM_PAIRS
+    if loss.endswith("words"):
+        value = value + WORD_LOSS_WEIGHT * plain_word_loss(model, images, texts)
     value.backward()
     return gradients_of(model)
+
+
+def plain_word_loss(model: CLIP, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """By the definition, with a matrix of all labels."""
+    counts = torch.zeros(NUM_PAIRS, model.config.vocab_size)
+    for row, captions in enumerate(CAPTIONS):
+        for ids in model.tokenize(captions):
+            for token in ids[1 : int(ids.argmax())]:
+                counts[row, token] += 1
+    occurs_in = (counts > 0).sum(dim=0)
+    words = (occurs_in > 1) & (occurs_in < NUM_PAIRS)
+    labels = counts[:, words] * torch.log(NUM_PAIRS / occurs_in[words])
+    labels = labels / labels.sum(dim=1, keepdim=True)
+    losses = []
+    for features in (images, texts):
+        logits = LOGIT_SCALE * features @ model.text_projection.t() @ model.token_embedding.weight[words].t()
+        losses.append(F.cross_entropy(logits + labels.mean(dim=0).log(), labels))
+    return sum(losses) / 2
 
 
 def spread_gradients(rank: int, world_size: int, port: int, loss: str, chunks: int, folder: Path) -> None:
@@ -66,16 +97,19 @@ def spread_gradients(rank: int, world_size: int, port: int, loss: str, chunks: i
     model = make_model(loss)
     parallel_model = wrap(model, runtime, load_train_config())
     share = NUM_PAIRS // world_size
-    images, tokens = (part[rank * share : (rank + 1) * share] for part in make_pairs())
+    indices = torch.arange(rank * share, (rank + 1) * share)
+    images, tokens = (part[indices] for part in make_pairs())
+    objective = make_objective(model, loss)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     if chunks > 1:
         parts = zip(images.chunk(chunks), tokens.chunk(chunks), strict=True)
-        batches = [Batch(part, ids, torch.arange(len(ids)), None, []) for part, ids in parts]
-        backward_in_chunks(model, parallel_model, batches, LOSSES[loss], scaler)
+        places = indices.chunk(chunks)
+        batches = [Batch(part, ids, own, None, []) for (part, ids), own in zip(parts, places, strict=True)]
+        backward_in_chunks(model, parallel_model, batches, objective, scaler)
     else:
         with without_sync(parallel_model, is_last=True):
             features = parallel_model(images, tokens)
-            LOSSES[loss](*features, model.logit_scale.exp(), model.logit_bias)[0].backward()
+            objective(*features, indices)[0].backward()
     if rank == world_size - 1:
         torch.save(gradients_of(model), folder / "gradients.pt")
     runtime.close()
@@ -87,7 +121,7 @@ def free_port() -> int:
         return connection.getsockname()[1]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, "softmax and words"])
 @pytest.mark.parametrize(("world_size", "chunks"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_gradients_equal_those_of_one_batch_in_one_process(tmp_path: Path, monkeypatch, loss, world_size, chunks):
     arguments = (world_size, free_port(), loss, chunks, tmp_path)
@@ -118,7 +152,7 @@ def test_chunks_count_batchnorm_once_and_see_their_own_statistics():
     chunks = list(zip(images.chunk(4), tokens.chunk(4), strict=True))
     batches = [Batch(part, ids, torch.arange(len(ids)), None, []) for part, ids in chunks]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    backward_in_chunks(models[0], models[0], batches, LOSSES["softmax"], scaler)
+    backward_in_chunks(models[0], models[0], batches, make_objective(models[0], "softmax"), scaler)
     parts = [models[1](part, ids) for part, ids in chunks]
     features = [torch.cat(part) for part in zip(*parts, strict=True)]
     LOSSES["softmax"](*features, models[1].logit_scale.exp())[0].backward()

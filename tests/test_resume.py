@@ -23,6 +23,7 @@ from trainer import interrupt
 from trainer.checkpoint import list_checkpoints
 from trainer.interrupt import parse_duration
 from trainer.lock import RunLock
+from trainer.loss import LOSSES
 from trainer.metrics import StepMeter
 from trainer.plan import RunPlan
 from utils.errors import UserError
@@ -79,18 +80,18 @@ def send(number: int):
 VARIANTS = {
     "two workers, random crops": {
         "trainer.num_workers": 2, "dataloader.augmentation": "standard", "dataloader.flip": "true",
+        "dataloader.token_dropout": 0.3,
     },
     "accumulation": {"trainer.gradient_accumulation_steps": 3, "batch_size": 2},
     "one loss over chunks": {
         "trainer.gradient_accumulation_steps": 2, "trainer.accumulation": "contrastive", "batch_size": 4,
+        "trainer.word_loss_weight": 1.0,
         "trainer.max_grad_norm": 1.0,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("variant", "stops"), [(list(VARIANTS)[0], (1, 5, 9)), (list(VARIANTS)[1], (5,)), (list(VARIANTS)[2], (5,))]
-)
+@pytest.mark.parametrize(("variant", "stops"), list(zip(VARIANTS, [(1, 5, 9), (5,), (5,)], strict=True)))
 def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not_been(tmp_path: Path, data, recorder, variant, stops):
     changes = VARIANTS[variant]
     train.main(flags_for(data, tmp_path / "whole", **changes))
@@ -198,7 +199,7 @@ def test_the_order_goes_on_in_the_middle_of_an_epoch_for_any_number_of_processes
 
 def test_the_schedule_goes_on_where_the_data_is_when_the_batch_size_changes():
     plan = RunPlan(batch_size=4, contrast_size=4, pairs_per_step=4, steps_per_epoch=10, total_steps=20, warmup_steps=4,
-                   base_lr=1.0)  # fmt: skip
+                   base_lr=1.0, weight_decay=0.1)  # fmt: skip
     assert plan.resumed(8, 12) == plan
     changed = plan.resumed(30, 10)  # with a smaller batch it took 30 steps to see what takes 10
     assert changed.total_steps == 40 and changed.lr(30) == plan.lr(10) and changed.lr(39) == plan.lr(19)
@@ -287,14 +288,14 @@ def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_last_good_checkpo
 
 
 def test_a_loss_that_is_not_finite_leaves_the_mean_of_the_others(tmp_path, data, recorder, monkeypatch):
-    loss_fn = train.LOSSES["softmax"]
+    loss_fn = LOSSES["softmax"]
 
     def sometimes(*arguments):
         loss, scalars = loss_fn(*arguments)
         factor = math.nan if len(recorder.images) == 1 else 1.0
         return loss * factor, {**scalars, "loss": scalars["loss"] * factor}
 
-    monkeypatch.setitem(train.LOSSES, "softmax", sometimes)
+    monkeypatch.setitem(LOSSES, "softmax", sometimes)
     train.main(flags_for(data, tmp_path))
     rows = end_of(tmp_path)[1]
     assert all(math.isfinite(row["loss"]) for row in rows) and rows[0]["skipped_steps"] == 1
@@ -302,13 +303,13 @@ def test_a_loss_that_is_not_finite_leaves_the_mean_of_the_others(tmp_path, data,
 
 def test_a_loss_back_at_that_of_guessing_is_told(tmp_path, data, monkeypatch, capsys):
     losses = iter([1.0, 1.0, 1.0, 2.1, 2.1, 2.1, 2.1, 2.1, 2.1])
-    loss_fn = train.LOSSES["softmax"]
+    loss_fn = LOSSES["softmax"]
 
     def scripted(*arguments):
         loss, scalars = loss_fn(*arguments)
         return loss, {**scalars, "loss": torch.tensor(next(losses))}
 
-    monkeypatch.setitem(train.LOSSES, "softmax", scripted)
+    monkeypatch.setitem(LOSSES, "softmax", scripted)
     train.main(flags_for(data, tmp_path))
     assert capsys.readouterr().out.count("the loss is back at that of guessing, ln(8) = 2.08") == 1
 

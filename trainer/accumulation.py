@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from dataloader.batch import Batch
 from model import CLIP
 from model.recompute import frozen_statistics
-from trainer.loss import Loss
+from trainer.loss import Objective
 from trainer.parallel import without_sync
 
 
 def backward_in_chunks(
-    model: CLIP, parallel_model: nn.Module, chunks: Sequence[Batch], loss_fn: Loss, scaler: torch.amp.GradScaler
+    model: CLIP, parallel_model: nn.Module, chunks: Sequence[Batch], objective: Objective, scaler: torch.amp.GradScaler
 ) -> dict[str, Tensor]:
     """Leave in `.grad` the gradients of one loss over all pairs of all `chunks`, in the memory of one (GradCache).
 
@@ -30,7 +30,7 @@ def backward_in_chunks(
             features.append(parallel_model(chunk.images, chunk.tokens))
     images, texts = (torch.cat(part).requires_grad_() for part in zip(*features, strict=True))
     with without_sync(parallel_model, is_last=False):
-        loss, scalars = loss_fn(images, texts, model.logit_scale.exp(), model.logit_bias)
+        loss, scalars = objective(images, texts, torch.cat([chunk.indices for chunk in chunks]))
         scaler.scale(loss).backward()
 
     start = 0

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import CLIP
+from trainer.config import TrainConfig
 from trainer.parallel import gather
+from trainer.words import WordLoss
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -51,6 +54,30 @@ def sigmoid_loss(
 
 
 LOSSES: dict[str, Loss] = {"softmax": contrastive_loss, "sigmoid": sigmoid_loss}
+
+
+class Objective:
+    """What a run minimizes: the contrastive loss that its config names, and `word_loss_weight` times the words'."""
+
+    def __init__(self, model: CLIP, config: TrainConfig, word_loss: WordLoss | None) -> None:
+        self.model = model
+        self.contrast = LOSSES[config.loss]
+        self.word_loss = word_loss
+        self.word_loss_weight = config.word_loss_weight
+
+    def __call__(
+        self, image_features: Tensor, text_features: Tensor, indices: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scalar to minimize, and detached scalars to log: the contrastive loss's, and `word_loss`.
+
+        Features are as the losses take them; `indices`: int64 [batch], of the images in the training set.
+        """
+        model = self.model
+        loss, scalars = self.contrast(image_features, text_features, model.logit_scale.exp(), model.logit_bias)
+        if self.word_loss is None:
+            return loss, scalars
+        word_loss = self.word_loss(model, image_features, text_features, indices)
+        return loss + self.word_loss_weight * word_loss, {**scalars, "word_loss": word_loss.detach()}
 
 
 def _logits(

@@ -10,14 +10,14 @@ from trainer.config import OptimizerConfig
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, weight_decay: float) -> torch.optim.AdamW:
     """Return fused AdamW that decays matrices and kernels only, or everything with `decay_all`."""
     decayed, spared = [], []
     for parameter in model.parameters():
         is_weight = parameter.ndim >= 2  # gains, biases, class_embedding and logit_scale have fewer axes
         (decayed if is_weight or config.decay_all else spared).append(parameter)
     params = config.params
-    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=params.lr, betas=params.betas, eps=params.eps, fused=True)
 

@@ -25,6 +25,7 @@ class RunPlan:
     total_steps: int
     warmup_steps: int
     base_lr: float
+    weight_decay: float
     extra_steps: int = 0  # that a resumed run did more than it would have with this batch size; less if below 0
 
     def resumed(self, global_step: int, steps_left: int) -> "RunPlan":
@@ -84,6 +85,7 @@ def make_plan(num_images: int, config: TrainConfig, runtime: Runtime) -> RunPlan
         total_steps=total_steps,
         warmup_steps=round(total_steps * config.warmup_share),
         base_lr=config.optimizer.params.lr,
+        weight_decay=config.optimizer.weight_decay(steps_per_epoch),
     )
 
 
@@ -131,12 +133,13 @@ def describe_run(
     batch += f", {plan.contrast_size} in each loss"
     optimizer = config.optimizer
     rows = {
+        "recipe": config.recipe,
         "data": train_set.describe(),
         "model": f"{model.config.name}, {num_parameters:,} parameters, {model.config.image_resolution} px",
         "device": runtime.description,
         "batch": batch,
         "steps": f"{plan.total_steps:,} ({config.num_train_epochs} epochs of {plan.steps_per_epoch:,}), "
         f"the first {plan.warmup_steps:,} warm up",
-        "optimizer": f"{optimizer.type}, peak lr {plan.base_lr:g}, weight decay {optimizer.params.weight_decay:g}",
+        "optimizer": f"{optimizer.type}, peak lr {plan.base_lr:g}, weight decay {plan.weight_decay:.3g}",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())

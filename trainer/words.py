@@ -1,0 +1,74 @@
+"""The words of an image's captions as labels of its own, of which there are many, where its partner is only one."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloader.tables import TokenTable
+from model import CLIP
+from utils.errors import UserError
+
+LOGIT_SCALE = 30.0  # of features of unit length
+
+
+class WordLoss:
+    """Cross-entropy between the tokens of all captions of an image and those predicted from its features.
+
+    As in SuperClass (Huang et al. 2024, section 3), the labels are tokens weighted by their inverse document
+    frequency. Unlike there, the text encoder predicts them too, so that a caption's features tell what the image's
+    other captions say, and the classifier has no weights of its own: it is the text encoder's projection and token
+    embedding, turned round (Press & Wolf 2017), on top of how frequent each token is.
+    """
+
+    def __init__(self, captions: TokenTable, device: torch.device) -> None:
+        """Count the tokens of `captions`, the training set's. Raises UserError if no two images share any."""
+        images, tokens, counts = _count_tokens(captions)
+        num_images = len(captions.first) - 1
+        frequency = np.bincount(tokens)  # in how many images each token occurs
+        vocabulary = np.flatnonzero((frequency > 1) & (frequency < num_images))
+        if not len(vocabulary):
+            raise UserError("the captions of no two training images share a word; set word_loss_weight to 0")
+        is_known = np.isin(tokens, vocabulary)
+        images, tokens, counts = images[is_known], tokens[is_known], counts[is_known]
+        weights = counts * np.log(num_images / frequency[tokens])
+        weights /= np.bincount(images, weights, num_images)[images]
+        self.columns = np.searchsorted(vocabulary, tokens)
+        self.weights = weights.astype(np.float32)
+        self.ends = np.cumsum(np.bincount(images, minlength=num_images))
+        self.vocabulary = torch.from_numpy(vocabulary).to(device)
+        prior = np.bincount(self.columns, weights, len(vocabulary)) / num_images
+        self.log_prior = torch.from_numpy(prior).log().float().to(device)
+
+    def __call__(self, model: CLIP, image_features: Tensor, text_features: Tensor, indices: Tensor) -> Tensor:
+        """Return the loss, the mean of both encoders', a float32 scalar.
+
+        `image_features`, `text_features`: [batch, embed_dim], L2-normalized. `indices`: int64 [batch], of the images
+        in the training set.
+        """
+        columns, weights = (part.to(image_features.device, non_blocking=True) for part in self.labels(indices))
+        with torch.autocast(image_features.device.type, enabled=False):
+            features = LOGIT_SCALE * torch.stack([image_features, text_features]).float()
+            embedding = model.token_embedding.weight[self.vocabulary]
+            logits = features @ model.text_projection.t() @ embedding.t() + self.log_prior  # [2, batch, num_words]
+            log_probs = logits.log_softmax(dim=-1).gather(2, columns.expand(2, -1, -1))
+        return -(weights * log_probs).sum(dim=-1).mean()
+
+    def labels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each image's labels, rows of the vocabulary [batch, most], and their weights, which add up to 1."""
+        ends = self.ends[indices.numpy()]
+        starts = np.where(indices.numpy() > 0, self.ends[indices.numpy() - 1], 0)
+        places = starts[:, None] + np.arange((ends - starts).max(initial=1))
+        is_label = places < ends[:, None]
+        places = np.minimum(places, len(self.columns) - 1)
+        return torch.from_numpy(self.columns[places]), torch.from_numpy(np.where(is_label, self.weights[places], 0))
+
+
+def _count_tokens(captions: TokenTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (image, token, how often), int64 each, of all tokens between the markers of an image's captions."""
+    lengths = np.diff(captions.ends)
+    image_of_caption = np.repeat(np.arange(len(captions.first) - 1), np.diff(captions.first))
+    is_word = np.ones(len(captions.ids), dtype=bool)
+    is_word[captions.ends[:-1]] = is_word[captions.ends[1:] - 1] = False
+    pairs = np.repeat(image_of_caption, lengths) << 16 | captions.ids
+    pairs, counts = np.unique(pairs[is_word], return_counts=True)
+    return pairs >> 16, pairs & 0xFFFF, counts
