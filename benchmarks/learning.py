@@ -1,0 +1,267 @@
+"""What a recipe learns from Flickr8k for the compute of the reference's, in any number of seeds.
+
+python -m benchmarks.learning [--recipes NAME ...] [--epochs 60] [--seeds 11 12 13] [--test] [--png FILE]
+
+Trains a small ResNet (`--model`) from scratch on the 6,000 training images of flickr8k/, which lies in the folder that
+CLIP_TEST_DATA names, and measures retrieval on the 1,000 validation images, by which recipes are chosen; with `--test`
+on the 1,000 test images too, once, at the end of a run. `--epochs` are the reference's; every other recipe has as
+many as cost the same, counted in the floating-point operations of matrix products and convolutions.
+
+A run that has ended is a line of `--results` and is not run again; one that was stopped goes on where it was. The
+table and the drawing are of all runs that the flags ask for and that have ended.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import describe_machine
+from dataloader.captions import CaptionSet, read_captions
+from dataloader.tables import TokenTable
+from model import CLIP, load_clip, load_model_config
+from train import BEST_RECIPE
+from trainer.checkpoint import list_checkpoints
+from trainer.evaluation import encode_captions
+from trainer.words import WordLoss
+from utils.errors import UserError, run_script
+from utils.retrieval import retrieval_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH_SIZE = 64
+NUM_TOKENS = 32  # of most batches of the training set's captions
+STEPS_PER_EPOCH = 6000 // BATCH_SIZE
+NUM_CURVE_POINTS = 20
+RECALLS = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+
+
+def only(*keys: str) -> dict[str, Any]:
+    """Return a part of the best recipe."""
+    return {key: BEST_RECIPE[key] for key in keys}
+
+
+def without(*keys: str) -> dict[str, Any]:
+    """Return the best recipe but for a part."""
+    return {key: value for key, value in BEST_RECIPE.items() if key not in keys}
+
+
+PARTS = {
+    "words": ["trainer.word_loss_weight"],
+    "augmentation": ["dataloader.augmentation", "dataloader.flip", "dataloader.color_jitter"],
+    "token dropout": ["dataloader.token_dropout"],
+    "decay": [f"trainer.optimizer.{key}" for key in ("params.lr", "params.weight_decay", "decay_timescale")],
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "best": BEST_RECIPE,
+    **{f"{part} alone": only(*keys) for part, keys in PARTS.items()},
+    **{f"best without {part}": without(*keys) for part, keys in PARTS.items()},
+}
+
+
+class Plan:
+    """What a recipe's runs are: `epochs` of training at the cost of `reference_epochs` of the reference's."""
+
+    def __init__(self, model: str, recipe: str, reference_epochs: int) -> None:
+        self.recipe = recipe
+        self.overrides = RECIPES[recipe]
+        self.reference_epochs = reference_epochs
+        self.gflop_per_pair = gflop_per_pair(model, has_words="trainer.word_loss_weight" in self.overrides)
+        self.epochs = max(1, int(reference_epochs * gflop_per_pair(model, has_words=False) / self.gflop_per_pair))
+
+    def tflop(self, step: int) -> float:
+        """Return the compute of the first `step` steps."""
+        return step * BATCH_SIZE * self.gflop_per_pair / 1e3
+
+
+@functools.cache
+def gflop_per_pair(model: str, has_words: bool) -> float:
+    """Return what training on a pair costs, in GFLOP, with the loss of the words or without.
+
+    The backward pass costs twice the forward pass. The contrastive loss, in all recipes the same, is left out.
+    """
+    clip = CLIP(load_model_config([("name", model)])).train()
+    size = clip.config.image_resolution
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = clip(torch.zeros(2, 3, size, size), torch.ones(2, NUM_TOKENS, dtype=torch.int64))
+        if has_words:
+            captions = [image.captions for image in read_split("train").images]
+            word_loss = WordLoss(TokenTable(captions, clip.config.context_length), torch.device("cpu"))
+            word_loss(clip, *features, torch.arange(2))
+    return 3 * counter.get_total_flops() / 2 / 1e9
+
+
+def read_split(name: str) -> CaptionSet:
+    data = flickr8k()
+    return read_captions(data / "images", data / "annotations" / f"captions_{name}.json")
+
+
+def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Train, or go on, in a process of its own, and return the row of results."""
+    data = flickr8k()
+    output = folder / f"{plan.recipe}_{args.model}_{plan.reference_epochs}_{seed}".replace(" ", "_")
+    changes = {
+        "trainer.num_workers": args.num_workers,
+        "trainer.per_gpu_train_batch_size": BATCH_SIZE,
+        "trainer.logging_steps": STEPS_PER_EPOCH,
+        "trainer.eval_steps": -(-plan.epochs // NUM_CURVE_POINTS) * STEPS_PER_EPOCH,
+        "trainer.save_steps": STEPS_PER_EPOCH,
+        "trainer.keep_last": 1,
+        "trainer.keep_best": False,
+        "trainer.seed": seed,
+        "dataloader.cache": "pixels",
+        "dataloader.cache_dir": folder / "cache",
+        **plan.overrides,
+    }
+    flags = {
+        "--model": args.model,
+        "--epochs": plan.epochs,
+        "--train_img_dir": data / "images",
+        "--train_annotation_file": data / "annotations" / "captions_train.json",
+        "--val_img_dir": data / "images",
+        "--val_annotation_file": data / "annotations" / "captions_val.json",
+        "--output_dir": output,
+        "--resume": "auto",
+    }
+    command = [sys.executable, ROOT / "train.py", *(word for flag in flags.items() for word in flag)]
+    command += [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value, default=str)}")]
+    if subprocess.run(list(map(str, command)), cwd=ROOT).returncode:
+        raise UserError(f"{plan.recipe}, seed {seed}: the run did not end; the same command goes on with it")
+
+    rows = [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text().splitlines()]
+    validations = [row for row in rows if "val_loss" in row]
+    logged = [row for row in rows if "pairs_per_second" in row]
+    steps = [0, *(row["step"] for row in logged)]
+    seconds = [(step - last) * BATCH_SIZE / row["pairs_per_second"]
+               for last, step, row in zip(steps, steps[1:], logged, strict=False)]  # fmt: skip
+    result = {
+        "recipe": plan.recipe, "seed": seed, "model": args.model, "reference_epochs": plan.reference_epochs,
+        "epochs": plan.epochs,
+        "overrides": plan.overrides, "tflop": plan.tflop(steps[-1]), "seconds": sum(seconds),
+        "threads": torch.get_num_threads(), "machine": describe_machine(), "train_loss": logged[-1]["loss"],
+        "val": {key: validations[-1][f"val_{key}"] for key in [*RECALLS, "mean_recall", "loss"]},
+        "curve": [(plan.tflop(row["step"]), row["val_text_to_image_R@10"]) for row in validations],
+    }  # fmt: skip
+    return result | {"checkpoint": str(list_checkpoints(output / "saved_checkpoints")[-1])}
+
+
+def measure_test(checkpoint: str) -> dict[str, float]:
+    """Return recall on the 1,000 test images."""
+    features, _, _ = encode_captions(load_clip(checkpoint), read_split("test"), batch_size=128, num_workers=0)
+    metrics = retrieval_metrics(*features)
+    return {key: metrics[key] for key in RECALLS}
+
+
+def flickr8k() -> Path:
+    folder = os.environ.get("CLIP_TEST_DATA")
+    if not folder:
+        raise UserError("set CLIP_TEST_DATA to the folder that holds flickr8k/")
+    return Path(folder) / "flickr8k"
+
+
+Results = list[dict[str, Any]]
+
+
+def by_recipe(results: Results) -> dict[str, Results]:
+    """Return the runs of each recipe."""
+    groups: dict[str, Results] = {}
+    for result in results:
+        groups.setdefault(result["recipe"], []).append(result)
+    return groups
+
+
+def format_table(results: Results, split: str) -> str:
+    """Return mean and standard deviation over the seeds, a row a recipe; recalls in %."""
+    lines = [f"| {split} | seeds | epochs | TFLOP | train s | loss | T2I R@1 | R@5 | R@10 | I2T R@1 | R@5 | R@10 |"]
+    lines.append("|" + " --- |" * 12)
+    for name, own in by_recipe([result for result in results if split in result]).items():
+        cells = [name, str(len(own)), str(own[0]["epochs"]), f"{own[0]['tflop']:.1f}",
+                 f"{statistics.mean(result['seconds'] for result in own):.0f}"]  # fmt: skip
+        cells.append(mean_and_spread([result["train_loss"] for result in own], 2))
+        cells += [mean_and_spread([100 * result[split][key] for result in own], 1) for key in RECALLS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def draw_curves(results: Results, path: Path) -> None:
+    """Draw validation recall against compute: the mean of each recipe's seeds, and a dot a run at its end."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained", dpi=120)
+    for name, own in by_recipe(results).items():
+        curves = [result["curve"] for result in own]
+        tflop = [point[0] for point in curves[0]]
+        recalls = [100 * statistics.mean(recall for _, recall in points) for points in zip(*curves, strict=True)]
+        line = axes.plot(tflop, recalls, label=f"{name} ({len(own)})")[0]
+        ends = [curve[-1] for curve in curves]
+        axes.plot([tflop for tflop, _ in ends], [100 * recall for _, recall in ends], ".", color=line.get_color())
+    axes.set_xlabel("compute of training, TFLOP")
+    axes.set_ylabel("text-to-image R@10, validation, %")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, title="recipe (seeds)")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["reference", "best"], metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13], metavar="N")
+    parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of the reference (default: %(default)s)")
+    parser.add_argument("--model", default="RN-small", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--test", action="store_true", help="measure on the test images too: not for choosing")
+    parser.add_argument("--results", type=Path, default=Path("learning_run/results.jsonl"), metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw recall against compute there")
+    args = parser.parse_args(argv)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+
+    plans = [Plan(args.model, recipe, args.epochs) for recipe in args.recipes]
+    results = []
+    for seed in args.seeds:
+        for plan in plans:
+            key = {"recipe": plan.recipe, "seed": seed, "model": args.model, "reference_epochs": plan.reference_epochs}
+            result = find_result(args.results, key)
+            is_new = result is None
+            if is_new:
+                result = run(plan, seed, args.results.parent.resolve(), args)
+            if args.test and "test" not in result:
+                result["test"] = measure_test(result["checkpoint"])
+                is_new = True
+            if is_new:
+                with args.results.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+            results.append(result)
+    print(f"{args.model}, Flickr8k, {describe_machine()}\n")
+    for split in ("val", "test") if args.test else ("val",):
+        print(format_table(results, split), end="\n\n")
+    if args.png:
+        draw_curves(results, args.png)
+
+
+def find_result(file: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the newest line of the results that has the values of `key`."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [result for result in map(json.loads, lines) if key.items() <= result.items()]
+    return found[-1] if found else None
+
+
+if __name__ == "__main__":
+    run_script(main)
