@@ -25,6 +25,7 @@ from dataloader.sample import make_sample
 from model import CLIP, CLIPConfig, TrainedCLIP, load_model_config
 from trainer.accumulation import backward_in_chunks
 from trainer.checkpoint import Checkpoints, TrainState, restore
+from trainer.config import CONFIG_FILE as TRAIN_CONFIG_FILE
 from trainer.config import TrainConfig, load_train_config
 from trainer.interrupt import STOPPED, Interruption, parse_duration
 from trainer.loss import Objective
@@ -34,7 +35,7 @@ from trainer.parallel import Runtime, init_runtime, without_sync, wrap
 from trainer.plan import RunPlan, describe_run, make_folders, make_plan
 from trainer.validation import Validation
 from trainer.words import WordLoss
-from utils.config import parse_override, to_plain
+from utils.config import parse_override, read_yaml, to_plain
 from utils.errors import UserError, run_script
 from utils.logger import RunLogger
 from utils.plots import plot_loss_curve
@@ -257,7 +258,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def load_configs(args: argparse.Namespace) -> Configs:
     """Read the three YAML files; the sample's settings, the recipe, --set and the other flags override them in turn."""
     changes = dict(map(parse_override, args.set))
-    recipe = changes.get("trainer.recipe", load_train_config().recipe)
+    recipe = changes.get("trainer.recipe", read_yaml(TRAIN_CONFIG_FILE).get("recipe"))
     overrides = (SAMPLE_CONFIG if args.sample else {}) | (BEST_RECIPE if recipe == "best" else {}) | changes
     flags = {
         "model.name": args.model,

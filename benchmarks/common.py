@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from utils.errors import UserError
+
 
 class Row(NamedTuple):
     """One figure; `ratio` is to the benchmark's first row."""
@@ -24,6 +26,14 @@ class Row(NamedTuple):
     value: float
     unit: str
     ratio: float
+
+
+def find_test_data(otherwise: str = "") -> Path:
+    """Return the folder that CLIP_TEST_DATA names. Raises UserError, which may name another way, if it is not set."""
+    folder = os.environ.get("CLIP_TEST_DATA")
+    if not folder:
+        raise UserError(f"{otherwise}set CLIP_TEST_DATA to the folder that holds coco_mini/ and flickr8k/")
+    return Path(folder)
 
 
 def measure_rates(

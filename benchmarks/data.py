@@ -17,7 +17,6 @@ Then the whole loader with 2 workers and nothing to train, in cores' worth of it
 """
 
 import argparse
-import os
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.common import add_output_flags, measure_rates, report, to_rows
+from benchmarks.common import add_output_flags, find_test_data, measure_rates, report, to_rows
 from dataloader.augment import Augmentation
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.config import load_data_config
@@ -37,7 +36,7 @@ from dataloader.data_loaders import TrainLoader
 from dataloader.order import EpochBatchSampler
 from dataloader.pack import make_spec, pack
 from dataloader.stream import ShardStream, StreamDataset
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 
 SIZE, BATCH_SIZE = 224, 32
 NUM_CACHED = 2_000
@@ -48,10 +47,7 @@ def read_data(args: argparse.Namespace) -> CaptionSet:
     """Find the images: those of the flags, or COCO's of the test data."""
     if args.img_dir:
         return read_captions(args.img_dir, args.annotation_file)
-    folder = os.environ.get("CLIP_TEST_DATA")
-    if not folder:
-        raise UserError("give --img_dir and --annotation_file, or set CLIP_TEST_DATA")
-    coco = Path(folder) / "coco_mini"
+    coco = find_test_data("give --img_dir and --annotation_file, or ") / "coco_mini"
     parts = [
         read_captions(coco / name, coco / f"annotations/captions_{name}.json") for name in ("train2017", "val2017")
     ]

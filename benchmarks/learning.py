@@ -14,7 +14,6 @@ table and the drawing are of all runs that the flags ask for and that have ended
 import argparse
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,14 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import describe_machine
+from benchmarks.common import describe_machine, find_test_data
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.tables import TokenTable
 from model import CLIP, load_clip, load_model_config
@@ -105,13 +101,13 @@ def gflop_per_pair(model: str, has_words: bool) -> float:
 
 
 def read_split(name: str) -> CaptionSet:
-    data = flickr8k()
+    data = find_test_data() / "flickr8k"
     return read_captions(data / "images", data / "annotations" / f"captions_{name}.json")
 
 
 def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train, or go on, in a process of its own, and return the row of results."""
-    data = flickr8k()
+    data = find_test_data() / "flickr8k"
     output = folder / f"{plan.recipe}_{args.model}_{plan.reference_epochs}_{seed}".replace(" ", "_")
     changes = {
         "trainer.num_workers": args.num_workers,
@@ -149,8 +145,7 @@ def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[s
                for last, step, row in zip(steps, steps[1:], logged, strict=False)]  # fmt: skip
     result = {
         "recipe": plan.recipe, "seed": seed, "model": args.model, "reference_epochs": plan.reference_epochs,
-        "epochs": plan.epochs,
-        "overrides": plan.overrides, "tflop": plan.tflop(steps[-1]), "seconds": sum(seconds),
+        "epochs": plan.epochs, "overrides": plan.overrides, "tflop": plan.tflop(steps[-1]), "seconds": sum(seconds),
         "threads": torch.get_num_threads(), "machine": describe_machine(), "train_loss": logged[-1]["loss"],
         "val": {key: validations[-1][f"val_{key}"] for key in [*RECALLS, "mean_recall", "loss"]},
         "curve": [(plan.tflop(row["step"]), row["val_text_to_image_R@10"]) for row in validations],
@@ -163,13 +158,6 @@ def measure_test(checkpoint: str) -> dict[str, float]:
     features, _, _ = encode_captions(load_clip(checkpoint), read_split("test"), batch_size=128, num_workers=0)
     metrics = retrieval_metrics(*features)
     return {key: metrics[key] for key in RECALLS}
-
-
-def flickr8k() -> Path:
-    folder = os.environ.get("CLIP_TEST_DATA")
-    if not folder:
-        raise UserError("set CLIP_TEST_DATA to the folder that holds flickr8k/")
-    return Path(folder) / "flickr8k"
 
 
 Results = list[dict[str, Any]]

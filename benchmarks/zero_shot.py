@@ -26,11 +26,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.common import Row, add_output_flags, measure_rates, report, to_rows
+from benchmarks.common import Row, add_output_flags, find_test_data, measure_rates, report, to_rows
 from model import CLIP, TrainedCLIP, load_model_config
 from trainer.evaluation import encode_sources
 from utils import imagenet
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.export import open_clip_config
 from utils.images import ImageSource, find_images, load_image, normalize, to_tensor
 from utils.zero_shot import encode_texts
@@ -140,10 +140,8 @@ def cifar_like(count: int) -> Iterator[Image.Image]:
 def photographs(img_dir: Path | None) -> list[Path]:
     if img_dir:
         return find_images(img_dir)
-    folder = os.environ.get("CLIP_TEST_DATA")
-    if not folder:
-        raise UserError("give --img_dir, or set CLIP_TEST_DATA")
-    return [file for part in ("train2017", "val2017") for file in find_images(Path(folder) / "coco_mini" / part)]
+    coco = find_test_data("give --img_dir, or ") / "coco_mini"
+    return [file for part in ("train2017", "val2017") for file in find_images(coco / part)]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which part of a training image the model sees, and how: drawn per sample, applied in a worker or on the device."""
+"""What the model sees of a training image and its caption: drawn per sample, applied in a worker or on the device."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataloader.config import DataConfig
+from dataloader.tables import random_numbers
 from utils.images import resize_and_crop
 
 # The columns of a sample's random numbers.
@@ -29,6 +30,7 @@ class Augmentation:
         self.crop_scale = config.crop_scale
         self.flip = config.flip and self.is_random
         self.color_jitter = config.color_jitter if self.is_random else 0.0
+        self.token_dropout = config.token_dropout
 
     def crop(self, image: Tensor, draws: np.ndarray) -> Tensor:
         """Take one image, uint8 [3, height, width] on the CPU, to [3, size, size]; `draws` [NUM_DRAWS]."""
@@ -64,6 +66,13 @@ class Augmentation:
         if self.flip:
             images = torch.where(draws[:, FLIP] < 0.5, images.flip(3), images)
         return self._jitter(images.float(), draws) if self.color_jitter else images
+
+    def vary_texts(self, tokens: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
+        """Blank a share of the tokens of texts [batch, length], drawn per sample as the images' numbers are."""
+        if not self.token_dropout:
+            return tokens
+        draws = random_numbers(seed, epoch, indices, NUM_DRAWS + tokens.shape[1])[:, NUM_DRAWS:]
+        return drop_tokens(tokens, draws, self.token_dropout)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
         """Scale brightness, contrast (about the image's mean grey) and saturation by 1 +- color_jitter each."""

@@ -44,8 +44,6 @@ class DataConfig:
             raise ValueError(f"color_jitter should be in [0, 1], found {self.color_jitter}")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"token_dropout should be in [0, 1), found {self.token_dropout}")
-        if self.token_dropout and self.format == "stream":
-            raise ValueError("token_dropout should be 0 for format stream")
         if self.cache != "none" and self.format in ("shards", "stream"):
             raise ValueError(f"cache should be none for format {self.format}: shards need no other")
         if not all(0 <= mean <= 1 for mean in self.image_mean):

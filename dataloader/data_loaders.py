@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation, drop_tokens
+from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
 from dataloader.batch import Batch, Failure
 from dataloader.cache import PixelCache, open_cache
 from dataloader.captions import CaptionSet, read_captions
@@ -55,14 +55,12 @@ class CaptionDataset(Dataset):
         *,
         seed: int,
         leaves_squares: bool = False,
-        token_dropout: float = 0.0,
     ) -> None:
         self.source = source
         self.tokens = tokens
         self.augmentation = augmentation
         self.seed = seed
         self.leaves_squares = leaves_squares
-        self.token_dropout = token_dropout
         self.side = getattr(source, "side", None)
         self.buffer = np.empty(BUFFER_BYTES, dtype=np.uint8)
 
@@ -83,9 +81,7 @@ class CaptionDataset(Dataset):
                 if image is not None:
                     place.copy_(image if self.leaves_squares else self.augmentation.crop(image, draws[row]))
         tokens = self.tokens.draw(indices, draws[:, CAPTION])
-        if self.token_dropout:
-            token_draws = random_numbers(self.seed, epoch, indices, NUM_DRAWS + tokens.shape[1])[:, NUM_DRAWS:]
-            tokens = drop_tokens(tokens, token_draws, self.token_dropout)
+        tokens = self.augmentation.vary_texts(tokens, self.seed, epoch, indices)
         return Batch(images, tokens, torch.from_numpy(indices), draws, failures)
 
     def _read(self, epoch: int, indices: np.ndarray, row: int, failures: list[Failure]) -> Tensor | None:
@@ -169,12 +165,7 @@ class TrainLoader:
         if isinstance(source, PixelCache) and _fits_on(device, source, config.cache_device):
             self.resident, source = source.copy_to(device), None
         dataset = CaptionDataset(
-            source,
-            self.captions,
-            self.augmentation,
-            seed=order.seed,
-            leaves_squares=self.leaves_squares,
-            token_dropout=config.token_dropout,
+            source, self.captions, self.augmentation, seed=order.seed, leaves_squares=self.leaves_squares
         )
         self.loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is, num_workers=num_workers, **common)
 

@@ -100,6 +100,7 @@ class StreamDataset(IterableDataset):
                 images.append(self.augmentation.crop(image, own).permute(1, 2, 0))
                 captions.append(texts[int(own[CAPTION] * len(texts))])
             tokens = get_tokenizer()(captions, context_length=self.context_length)
+            tokens = self.augmentation.vary_texts(tokens, own_seed, number, indices)
             places = torch.full((self.batch_size,), -1)
             yield Batch(torch.stack(images).permute(0, 3, 1, 2), tokens, places, draws, failures)
             number += 1

@@ -73,6 +73,17 @@ def test_what_does_not_fill_a_step_is_dropped():
     assert [len(batch) for batch in make_sampler(23, num_epochs=1)] == [5, 5, 5, 5]
 
 
+def test_tokens_are_dropped_anew_each_epoch_and_nothing_else_changes(caption_files):
+    plain, varied = (list(make_loader(caption_files, token_dropout=share)) for share in (0.0, 0.5))
+    kept = set()
+    for batch, expected in zip(varied, plain, strict=True):
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.indices, expected.indices)
+        is_kept = batch.tokens == expected.tokens
+        assert (batch.tokens[~is_kept] == 0).all() and not is_kept.all()
+        kept.update((int(index), tuple(row.tolist())) for index, row in zip(batch.indices, is_kept, strict=True))
+    assert len(kept) > 24  # more than one way an image
+
+
 def test_the_number_of_workers_does_not_change_the_data(caption_files):
     runs = [list(make_loader(caption_files, num_workers=num_workers)) for num_workers in (0, 1, 2)]
     assert len(runs[0]) == 8

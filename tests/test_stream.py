@@ -48,6 +48,15 @@ def test_a_stream_is_the_same_for_the_same_seed_and_workers(tmp_path: Path):
         assert torch.equal(batch.images, expected.images) and torch.equal(batch.tokens, expected.tokens)
 
 
+def test_a_stream_drops_tokens_too(tmp_path: Path):
+    urls = make_shards(tmp_path)[0] / "{000000..000002}.tar"
+    plain, varied = (list(stream(urls, token_dropout=share)) for share in (0.0, 0.5))
+    for batch, expected in zip(varied, plain, strict=True):
+        is_kept = batch.tokens == expected.tokens
+        assert (batch.tokens[~is_kept] == 0).all() and not is_kept.all()
+        assert torch.equal(batch.images, expected.images)
+
+
 def test_a_pipe_is_a_stream(tmp_path: Path):
     folder, _ = make_shards(tmp_path)
     urls = f"pipe:cat {folder}/{{000000..000001}}.tar"

@@ -1,12 +1,18 @@
 """The labels that captions give their images."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from dataloader.tables import TokenTable
+from model import read_checkpoint
+from tests.conftest import tiny_training_flags
+from trainer.checkpoint import list_checkpoints
 from trainer.config import load_train_config
 from trainer.loss import Objective
 from trainer.words import WordLoss
@@ -76,6 +82,18 @@ def test_it_is_added_by_its_weight_and_logged_apart(tiny_model):
     words = word_loss(tiny_model, images, texts, torch.arange(4))
     assert loss.item() == pytest.approx((plain + 0.5 * words).item())
     assert (scalars["loss"], scalars["word_loss"]) == (plain, words) and not scalars["word_loss"].requires_grad
+
+
+def test_a_run_of_the_best_recipe_minimizes_and_logs_it(tmp_path: Path, caption_files):
+    flags = [*tiny_training_flags(*caption_files, tmp_path), "--epochs", 10, "--batch_size", 8]
+    settings = ("recipe=best", "logging_steps=3", "optimizer.decay_timescale=100", "per_gpu_eval_batch_size=8")
+    train.main([*map(str, flags), *(flag for setting in settings for flag in ("--set", f"trainer.{setting}"))])
+    rows = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["word_loss"] for row in rows if "word_loss" in row]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.05
+    checkpoint = read_checkpoint(list_checkpoints(tmp_path / "saved_checkpoints")[-1])
+    decays = [group["weight_decay"] for group in checkpoint["optimizer_state_dict"]["param_groups"]]
+    assert decays == pytest.approx([1 / (1e-3 * 100 * 3), 0])
 
 
 def test_captions_that_share_no_words_are_refused():

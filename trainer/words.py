@@ -34,7 +34,7 @@ class WordLoss:
         weights /= np.bincount(images, weights, num_images)[images]
         self.columns = np.searchsorted(vocabulary, tokens)
         self.weights = weights.astype(np.float32)
-        self.ends = np.cumsum(np.bincount(images, minlength=num_images))
+        self.first = np.cumsum([0, *np.bincount(images, minlength=num_images)])  # of each image, and one past the last
         self.vocabulary = torch.from_numpy(vocabulary).to(device)
         prior = np.bincount(self.columns, weights, len(vocabulary)) / num_images
         self.log_prior = torch.from_numpy(prior).log().float().to(device)
@@ -55,8 +55,7 @@ class WordLoss:
 
     def labels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return each image's labels, rows of the vocabulary [batch, most], and their weights, which add up to 1."""
-        ends = self.ends[indices.numpy()]
-        starts = np.where(indices.numpy() > 0, self.ends[indices.numpy() - 1], 0)
+        starts, ends = self.first[indices.numpy()], self.first[indices.numpy() + 1]
         places = starts[:, None] + np.arange((ends - starts).max(initial=1))
         is_label = places < ends[:, None]
         places = np.minimum(places, len(self.columns) - 1)
