@@ -1,4 +1,4 @@
-"""What the benchmarks share: rates measured side by side, and their table, chart and JSON."""
+"""Shared by the benchmarks: rates measured side by side, and their table, chart and JSON."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 
 class Row(NamedTuple):
-    """One figure; `ratio` is to the benchmark's first row."""
+    """One measurement; `ratio` is to the first row of the benchmark."""
 
     name: str
     value: float
@@ -28,20 +28,20 @@ class Row(NamedTuple):
     ratio: float
 
 
-def find_test_data(otherwise: str = "") -> Path:
-    """Return the folder that CLIP_TEST_DATA names. Raises UserError, which may name another way, if it is not set."""
+def find_test_data(alternative: str = "") -> Path:
+    """Return the folder that CLIP_TEST_DATA names. Raises UserError, which starts with `alternative`."""
     folder = os.environ.get("CLIP_TEST_DATA")
     if not folder:
-        raise UserError(f"{otherwise}set CLIP_TEST_DATA to the folder that holds coco_mini/ and flickr8k/")
+        raise UserError(f"{alternative}set CLIP_TEST_DATA to the folder that holds coco_mini/ and flickr8k/")
     return Path(folder)
 
 
 def measure_rates(
     rows: Mapping[str, Callable[[], int]], *, seconds: float = 1.0, rounds: int = 5
 ) -> dict[str, list[float]]:
-    """Return units a second of each row, once a round: every row in turn, so that a noisy moment meets them all.
+    """Return the units per second of each row in each round. Rows take turns, so that noise affects all of them.
 
-    A row's function does some work and returns how many units it was; it runs for at least `seconds` a round.
+    The function of a row does some work and returns its number of units; it is repeated for `seconds` per round.
     """
     for work in rows.values():
         work()
@@ -56,7 +56,7 @@ def measure_rates(
 
 
 def to_rows(rates: Mapping[str, Sequence[float]], unit: str) -> list[Row]:
-    """Return each row's median, and the median of its ratios to the first row of the same round."""
+    """Return the median of each row, and the median of its ratios to the first row of the same round."""
     base = next(iter(rates.values()))
     return [
         Row(
@@ -70,7 +70,7 @@ def to_rows(rates: Mapping[str, Sequence[float]], unit: str) -> list[Row]:
 
 
 def describe_machine() -> str:
-    """Return the processor or GPU, the cores in use and the version of PyTorch."""
+    """Return the processor or GPU, the number of cores and the version of PyTorch."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -81,13 +81,13 @@ def describe_machine() -> str:
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --json and --png, which every benchmark has."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them as bars there")
+    """Add --json and --png."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the rows as a bar chart in this file")
 
 
 def report(rows: Sequence[Row], title: str, args: argparse.Namespace) -> None:
-    """Print the table, and write what the flags ask for."""
+    """Print the table, and write the files that the flags name."""
     print(f"{title}\n{describe_machine()}\n")
     width = max(len(row.name) for row in rows)
     for row in rows:
@@ -110,7 +110,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_xlabel(rows[0].unit)
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    for place, row in enumerate(rows):
-        axes.text(row.value * 1.1, place, f"{row.value:,.0f}  ({row.ratio:.1f}x)", va="center", fontsize=9)
+    for position, row in enumerate(rows):
+        axes.text(row.value * 1.1, position, f"{row.value:,.0f}  ({row.ratio:.1f}x)", va="center", fontsize=9)
     figure.savefig(path)
     plt.close(figure)

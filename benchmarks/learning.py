@@ -1,14 +1,15 @@
-"""What a recipe learns from Flickr8k for the compute of the reference's, in any number of seeds.
+"""What recipes learn from Flickr8k for the compute of the reference, over several seeds.
 
 python -m benchmarks.learning [--recipes NAME ...] [--epochs 60] [--seeds 11 12 13] [--test] [--png FILE]
 
-Trains a small ResNet (`--model`) from scratch on the 6,000 training images of flickr8k/, which lies in the folder that
-CLIP_TEST_DATA names, and measures retrieval on the 1,000 validation images, by which recipes are chosen; with `--test`
-on the 1,000 test images too, once, at the end of a run. `--epochs` are the reference's; every other recipe has as
-many as cost the same, counted in the floating-point operations of matrix products and convolutions.
+Trains a small ResNet (`--model`) from scratch on the 6,000 training images of flickr8k/ in the folder CLIP_TEST_DATA,
+and measures retrieval on the 1,000 validation images, by which recipes are selected; with `--test` also on the 1,000
+test images, once, after training. `--epochs` are the reference's; every other recipe trains for the epochs that cost
+the same number of floating-point operations in matrix products and convolutions.
 
-A run that has ended is a line of `--results` and is not run again; one that was stopped goes on where it was. The
-table and the drawing are of all runs that the flags ask for and that have ended.
+The recipes are the files of trainer/recipes, each part of the best one alone, and the best one without each part. A
+finished run is a line of `--results` and is not repeated; an interrupted one is resumed. The table and the drawing show
+the runs that the flags select.
 """
 
 import argparse
@@ -25,92 +26,113 @@ import matplotlib.pyplot as plt
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/learning.py` from any folder
+
 from benchmarks.common import describe_machine, find_test_data
 from dataloader.captions import CaptionSet, read_captions
-from dataloader.tables import TokenTable
-from model import CLIP, load_clip, load_model_config
-from train import BEST_RECIPE
-from trainer.checkpoint import list_checkpoints
-from trainer.evaluation import encode_captions
-from trainer.words import WordLoss
+from dataloader.token_table import tokenize
+from model import CLIP, CLIPConfig, load_clip
+from trainer.run.checkpoint import list_checkpoints
+from trainer.run.configs import RECIPES as RECIPE_FILES
+from trainer.run.configs import load_configs
+from trainer.run.flags import parse_args
+from trainer.word_loss import WordLoss
+from utils.config import flatten, read_yaml
 from utils.errors import UserError, run_script
 from utils.retrieval import retrieval_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 64
-NUM_TOKENS = 32  # of most batches of the training set's captions
+NUM_TOKENS = 32  # of the captions in most training batches
 STEPS_PER_EPOCH = 6000 // BATCH_SIZE
 NUM_CURVE_POINTS = 20
 RECALLS = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+Settings = dict[str, Any]  # values by dotted key
+Results = list[dict[str, Any]]
 
 
-def only(*keys: str) -> dict[str, Any]:
-    """Return a part of the best recipe."""
-    return {key: BEST_RECIPE[key] for key in keys}
+def read_recipe(name: str) -> Settings:
+    """Return the settings of a file in trainer/recipes."""
+    return {key: value for key, (value, _) in flatten(read_yaml(RECIPE_FILES / f"{name}.yaml"), name).items()}
 
 
-def without(*keys: str) -> dict[str, Any]:
-    """Return the best recipe but for a part."""
-    return {key: value for key, value in BEST_RECIPE.items() if key not in keys}
-
-
-PARTS = {
+BEST = read_recipe("best")
+PARTS = {  # of the best recipe
     "words": ["trainer.word_loss_weight"],
     "augmentation": ["dataloader.augmentation", "dataloader.flip", "dataloader.color_jitter"],
     "token dropout": ["dataloader.token_dropout"],
     "decay": [f"trainer.optimizer.{key}" for key in ("params.lr", "params.weight_decay", "decay_timescale")],
 }
-RECIPES: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "best": BEST_RECIPE,
-    **{f"{part} alone": only(*keys) for part, keys in PARTS.items()},
-    **{f"best without {part}": without(*keys) for part, keys in PARTS.items()},
+RECIPES: dict[str, Settings] = {
+    **{file.stem: read_recipe(file.stem) for file in sorted(RECIPE_FILES.glob("*.yaml")) if file.stem != "sample"},
+    **{f"{part} alone": {key: BEST[key] for key in keys} for part, keys in PARTS.items()},
+    **{f"best without {part}": {key: BEST[key] for key in BEST if key not in keys} for part, keys in PARTS.items()},
 }
 
 
 class Plan:
-    """What a recipe's runs are: `epochs` of training at the cost of `reference_epochs` of the reference's."""
+    """The runs of a recipe: `epochs` of training for the compute of `reference_epochs` of the reference."""
 
     def __init__(self, model: str, recipe: str, reference_epochs: int) -> None:
         self.recipe = recipe
-        self.overrides = RECIPES[recipe]
+        self.settings = RECIPES[recipe]
         self.reference_epochs = reference_epochs
-        self.gflop_per_pair = gflop_per_pair(model, has_words="trainer.word_loss_weight" in self.overrides)
-        self.epochs = max(1, int(reference_epochs * gflop_per_pair(model, has_words=False) / self.gflop_per_pair))
+        self.gflop_per_pair = gflop_per_pair(*cost_of(["--model", model, *self.flags]))
+        reference = gflop_per_pair(*cost_of(["--model", model]))
+        self.epochs = max(1, int(reference_epochs * reference / self.gflop_per_pair))
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of train.py that select the recipe."""
+        if (RECIPE_FILES / f"{self.recipe}.yaml").is_file():
+            return ["--recipe", self.recipe]
+        return set_flags(self.settings)
 
     def tflop(self, step: int) -> float:
         """Return the compute of the first `step` steps."""
         return step * BATCH_SIZE * self.gflop_per_pair / 1e3
 
 
-@functools.cache
-def gflop_per_pair(model: str, has_words: bool) -> float:
-    """Return what training on a pair costs, in GFLOP, with the loss of the words or without.
+def set_flags(settings: Settings) -> list[str]:
+    """Return the flags of train.py that set values by dotted key."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value, default=str)}")]
 
-    The backward pass costs twice the forward pass. The contrastive loss, in all recipes the same, is left out.
+
+def cost_of(flags: list[str]) -> tuple[CLIPConfig, bool]:
+    """Return what the cost of a run with these flags of train.py depends on: the model, and if it has a word loss."""
+    configs = load_configs(parse_args(flags, ""))
+    return configs.model, configs.trainer.word_loss_weight > 0
+
+
+@functools.cache
+def gflop_per_pair(config: CLIPConfig, has_words: bool) -> float:
+    """Return the cost of training on one pair in GFLOP, with or without the word loss.
+
+    The backward pass costs twice the forward pass. The contrastive loss, the same in all recipes, is excluded.
     """
-    clip = CLIP(load_model_config([("name", model)])).train()
-    size = clip.config.image_resolution
+    model = CLIP(config).train()
+    size = config.image_resolution
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        features = clip(torch.zeros(2, 3, size, size), torch.ones(2, NUM_TOKENS, dtype=torch.int64))
+        features = model(torch.zeros(2, 3, size, size), torch.ones(2, NUM_TOKENS, dtype=torch.int64))
         if has_words:
             captions = [image.captions for image in read_split("train").images]
-            word_loss = WordLoss(TokenTable(captions, clip.config.context_length), torch.device("cpu"))
-            word_loss(clip, *features, torch.arange(2))
+            word_loss = WordLoss(tokenize(captions, config.context_length), torch.device("cpu"))
+            word_loss(model, *features, torch.arange(2))
     return 3 * counter.get_total_flops() / 2 / 1e9
 
 
 def read_split(name: str) -> CaptionSet:
+    """Return a split of Flickr8k: train, val or test."""
     data = find_test_data() / "flickr8k"
     return read_captions(data / "images", data / "annotations" / f"captions_{name}.json")
 
 
-def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Train, or go on, in a process of its own, and return the row of results."""
+def run(plan: Plan, seed: int, folder: Path, model: str, num_workers: int) -> dict[str, Any]:
+    """Train, or resume, in a process of its own; return the line of results. Raises UserError if the run fails."""
     data = find_test_data() / "flickr8k"
-    output = folder / f"{plan.recipe}_{args.model}_{plan.reference_epochs}_{seed}".replace(" ", "_")
-    changes = {
-        "trainer.num_workers": args.num_workers,
+    output = folder / f"{plan.recipe}_{model}_{plan.reference_epochs}_{seed}".replace(" ", "_")
+    settings = {
+        "trainer.num_workers": num_workers,
         "trainer.per_gpu_train_batch_size": BATCH_SIZE,
         "trainer.logging_steps": STEPS_PER_EPOCH,
         "trainer.eval_steps": -(-plan.epochs // NUM_CURVE_POINTS) * STEPS_PER_EPOCH,
@@ -120,10 +142,9 @@ def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[s
         "trainer.seed": seed,
         "dataloader.cache": "pixels",
         "dataloader.cache_dir": folder / "cache",
-        **plan.overrides,
     }
     flags = {
-        "--model": args.model,
+        "--model": model,
         "--epochs": plan.epochs,
         "--train_img_dir": data / "images",
         "--train_annotation_file": data / "annotations" / "captions_train.json",
@@ -133,34 +154,41 @@ def run(plan: Plan, seed: int, folder: Path, args: argparse.Namespace) -> dict[s
         "--resume": "auto",
     }
     command = [sys.executable, ROOT / "train.py", *(word for flag in flags.items() for word in flag)]
-    command += [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value, default=str)}")]
+    command += [*set_flags(settings), *plan.flags]
     if subprocess.run(list(map(str, command)), cwd=ROOT).returncode:
-        raise UserError(f"{plan.recipe}, seed {seed}: the run did not end; the same command goes on with it")
+        raise UserError(f"{plan.recipe}, seed {seed}: the run failed; repeat this command to resume it")
 
     rows = [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text().splitlines()]
     validations = [row for row in rows if "val_loss" in row]
     logged = [row for row in rows if "pairs_per_second" in row]
     steps = [0, *(row["step"] for row in logged)]
-    seconds = [(step - last) * BATCH_SIZE / row["pairs_per_second"]
-               for last, step, row in zip(steps, steps[1:], logged, strict=False)]  # fmt: skip
-    result = {
-        "recipe": plan.recipe, "seed": seed, "model": args.model, "reference_epochs": plan.reference_epochs,
-        "epochs": plan.epochs, "overrides": plan.overrides, "tflop": plan.tflop(steps[-1]), "seconds": sum(seconds),
+    seconds = [
+        (step - last) * BATCH_SIZE / row["pairs_per_second"]
+        for last, step, row in zip(steps, steps[1:], logged, strict=False)
+    ]
+    return {
+        "recipe": plan.recipe, "seed": seed, "model": model, "reference_epochs": plan.reference_epochs,
+        "epochs": plan.epochs, "overrides": plan.settings, "tflop": plan.tflop(steps[-1]), "seconds": sum(seconds),
         "threads": torch.get_num_threads(), "machine": describe_machine(), "train_loss": logged[-1]["loss"],
         "val": {key: validations[-1][f"val_{key}"] for key in [*RECALLS, "mean_recall", "loss"]},
         "curve": [(plan.tflop(row["step"]), row["val_text_to_image_R@10"]) for row in validations],
+        "checkpoint": str(list_checkpoints(output / "saved_checkpoints")[-1]),
     }  # fmt: skip
-    return result | {"checkpoint": str(list_checkpoints(output / "saved_checkpoints")[-1])}
 
 
 def measure_test(checkpoint: str) -> dict[str, float]:
-    """Return recall on the 1,000 test images."""
-    features, _, _ = encode_captions(load_clip(checkpoint), read_split("test"), batch_size=128, num_workers=0)
+    """Return the recall on the 1,000 test images."""
+    test = read_split("test")
+    features, _ = load_clip(checkpoint).encode_captioned(test.files, [image.captions for image in test.images])
     metrics = retrieval_metrics(*features)
     return {key: metrics[key] for key in RECALLS}
 
 
-Results = list[dict[str, Any]]
+def find_result(file: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the newest line of results with the values of `key`."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = [result for result in map(json.loads, lines) if key.items() <= result.items()]
+    return found[-1] if found else None
 
 
 def by_recipe(results: Results) -> dict[str, Results]:
@@ -172,31 +200,32 @@ def by_recipe(results: Results) -> dict[str, Results]:
 
 
 def format_table(results: Results, split: str) -> str:
-    """Return mean and standard deviation over the seeds, a row a recipe; recalls in %."""
+    """Return mean and standard deviation over the seeds, one row per recipe; recalls in %."""
     lines = [f"| {split} | seeds | epochs | TFLOP | train s | loss | T2I R@1 | R@5 | R@10 | I2T R@1 | R@5 | R@10 |"]
     lines.append("|" + " --- |" * 12)
-    for name, own in by_recipe([result for result in results if split in result]).items():
-        cells = [name, str(len(own)), str(own[0]["epochs"]), f"{own[0]['tflop']:.1f}",
-                 f"{statistics.mean(result['seconds'] for result in own):.0f}"]  # fmt: skip
-        cells.append(mean_and_spread([result["train_loss"] for result in own], 2))
-        cells += [mean_and_spread([100 * result[split][key] for result in own], 1) for key in RECALLS]
+    for name, runs in by_recipe([result for result in results if split in result]).items():
+        seconds = statistics.mean(result["seconds"] for result in runs)
+        cells = [name, str(len(runs)), str(runs[0]["epochs"]), f"{runs[0]['tflop']:.1f}", f"{seconds:.0f}"]
+        cells.append(mean_and_spread([result["train_loss"] for result in runs], 2))
+        cells += [mean_and_spread([100 * result[split][key] for result in runs], 1) for key in RECALLS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:
+    """Return "mean ± standard deviation"; the mean alone if there is one value."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def draw_curves(results: Results, path: Path) -> None:
-    """Draw validation recall against compute: the mean of each recipe's seeds, and a dot a run at its end."""
+    """Draw validation recall against compute: the mean over each recipe's seeds, and a dot for the end of each run."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained", dpi=120)
-    for name, own in by_recipe(results).items():
-        curves = [result["curve"] for result in own]
+    for name, runs in by_recipe(results).items():
+        curves = [result["curve"] for result in runs]
         tflop = [point[0] for point in curves[0]]
         recalls = [100 * statistics.mean(recall for _, recall in points) for points in zip(*curves, strict=True)]
-        line = axes.plot(tflop, recalls, label=f"{name} ({len(own)})")[0]
+        line = axes.plot(tflop, recalls, label=f"{name} ({len(runs)})")[0]
         ends = [curve[-1] for curve in curves]
         axes.plot([tflop for tflop, _ in ends], [100 * recall for _, recall in ends], ".", color=line.get_color())
     axes.set_xlabel("compute of training, TFLOP")
@@ -215,9 +244,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=60, metavar="N", help="of the reference (default: %(default)s)")
     parser.add_argument("--model", default="RN-small", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--test", action="store_true", help="measure on the test images too: not for choosing")
+    parser.add_argument("--test", action="store_true", help="measure on the test images too; not for selection")
     parser.add_argument("--results", type=Path, default=Path("learning_run/results.jsonl"), metavar="FILE")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw recall against compute there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw recall against compute in this file")
     args = parser.parse_args(argv)
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -229,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             result = find_result(args.results, key)
             is_new = result is None
             if is_new:
-                result = run(plan, seed, args.results.parent.resolve(), args)
+                result = run(plan, seed, args.results.parent.resolve(), args.model, args.num_workers)
             if args.test and "test" not in result:
                 result["test"] = measure_test(result["checkpoint"])
                 is_new = True
@@ -242,13 +271,6 @@ def main(argv: list[str] | None = None) -> None:
         print(format_table(results, split), end="\n\n")
     if args.png:
         draw_curves(results, args.png)
-
-
-def find_result(file: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the newest line of the results that has the values of `key`."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    found = [result for result in map(json.loads, lines) if key.items() <= result.items()]
-    return found[-1] if found else None
 
 
 if __name__ == "__main__":

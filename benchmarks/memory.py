@@ -1,11 +1,13 @@
-"""Memory of the data loader's workers over three epochs of 100,000 images: it should not grow.
+"""Memory of the data loader's workers over three epochs of 100,000 images, which should not grow.
 
 python -m benchmarks.memory [--num_images N] [--num_workers N]
 
-The images are a few small files under many names' worth of records; what could grow is the records and captions.
+A few small files stand for all images; only the records and captions could make the memory grow.
 """
 
 import argparse
+import logging
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,17 +16,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py` from any folder
+
 from dataloader.captions import CaptionedImage, CaptionSet
 from dataloader.config import load_data_config
-from dataloader.data_loaders import TrainLoader
-from dataloader.order import EpochBatchSampler
+from dataloader.data_loaders import TrainLoader, open_dataset
+from dataloader.sampler import BatchLayout, EpochSampler
 from utils.errors import run_script
 
 BATCH_SIZE = 250
 
 
 def memory_of(pid: int) -> float:
-    """Return what a process holds for itself, in MiB: its private pages where the system tells them, or all."""
+    """Return the private memory of a process in MiB, or all of it if the system does not report private memory."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
@@ -47,12 +51,12 @@ def main(argv: list[str] | None = None) -> None:
             CaptionedImage(number, files[number % 20], tuple(f"caption {k} of image number {number}" for k in range(5)))
             for number in range(args.num_images)
         ]
-        order = EpochBatchSampler(args.num_images, batch_size=BATCH_SIZE, num_epochs=3, seed=0)
-        loader = TrainLoader(
-            CaptionSet(images, []), load_data_config(), order, image_size=16, context_length=77, num_workers=0,
-            device=torch.device("cpu"), tell=print, warn=print,
-        ).loader  # fmt: skip
-        loader = DataLoader(
+        config, logger = load_data_config(), logging.Logger("benchmark")
+        sampler = EpochSampler(args.num_images, BatchLayout(BATCH_SIZE), num_epochs=3, seed=0)
+        options = {"image_size": 16, "context_length": 77, "num_workers": 0, "logger": logger}
+        dataset = open_dataset(CaptionSet(images, []), config, sampler, **options)
+        loader = TrainLoader(dataset, sampler, torch.device("cpu"), 0, logger).loader
+        loader = DataLoader(  # with more workers than `TrainLoader` would use
             loader.dataset,
             batch_sampler=loader.batch_sampler,
             collate_fn=loader.collate_fn,

@@ -1,22 +1,23 @@
-"""Training steps a second beside the peers: forward, loss, backward and update, on data that is there already.
+"""Training steps of this project and its peers: forward pass, loss, backward pass and update, on data in memory.
 
 python -m benchmarks.train_step [--device cpu] [--model RN50] [--batch 16] [--json FILE] [--png FILE]
 
-Captions are real ones, COCO's where CLIP_TEST_DATA has them, else of COCO's lengths. Rows:
-  open_clip         its model of the same sizes, its loss, AdamW; on a GPU amp_bf16; texts padded to 77
+The captions are COCO's if CLIP_TEST_DATA has them, or else texts of the same lengths. Rows:
+  open_clip         its model of the same sizes, its loss, AdamW; on a GPU amp_bf16; texts padded to 77 tokens
   open_clip_best    the same with channels_last, fused AdamW, and on a GPU torch.compile
-  reference         OpenAI's way of computing the same: float32, texts padded to 77, every query of attention pooling,
-                    NCHW, unfused AdamW; open_clip's classes keep it, so on a CPU this is nearly the row open_clip
+  reference         OpenAI's computation: float32, texts padded to 77 tokens, every query of attention pooling, NCHW,
+                    unfused AdamW; open_clip's classes keep it, so on a CPU this row is nearly open_clip's
   project           the step of train.py; on a GPU bf16
-  project_compiled  with compile: true (GPU only, or --compile)
-  without_...       the project's step with one saving switched off: texts trimmed to the batch, the last text layer for
-                    one position only, folded attention pooling, channels_last, fused AdamW; or with all of them
+  project_compiled  with compile: true (on a GPU, or with --compile)
+  without_...       the project's step without one saving: texts trimmed to the batch, the last text layer at one
+                    position only, folded attention pooling, channels_last, fused AdamW; or without all of them
 """
 
 import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/train_step.py` from any folder
+
 from benchmarks.common import Row, add_output_flags, measure_rates, report
 from model import CLIP, CLIPConfig, load_model_config
 from model.resnet import AttentionPool2d
@@ -35,13 +38,13 @@ from trainer.loss import contrastive_loss
 from utils.errors import UserError, run_script
 from utils.tokenizer import get_tokenizer
 
-# Token counts of COCO's captions with both markers (val2017), in per cent, from 10 tokens up.
+# Percentage of COCO's captions (val2017) with 10, 11, ... tokens, including both markers.
 LENGTH_SHARES = (4, 12, 20, 19, 15, 10, 7, 4, 3, 2, 1, 1, 1, 1)
 Step = Callable[[], int]
 
 
 def make_tokens(count: int) -> Tensor:
-    """Return the ids [count, length] of real captions, or of texts of their lengths."""
+    """Return token ids [count, length] of COCO's captions, or of texts of the same lengths."""
     folder = os.environ.get("CLIP_TEST_DATA")
     file = Path(folder or ".") / "coco_mini/annotations/captions_val2017_all5000.json"
     if file.is_file():
@@ -55,6 +58,7 @@ def make_tokens(count: int) -> Tensor:
 
 
 def padded(tokens: Tensor) -> Tensor:
+    """Pad token ids to [count, 77]."""
     return F.pad(tokens, (0, 77 - tokens.shape[1]))
 
 
@@ -64,16 +68,16 @@ def make_step(
     images: Tensor,
     tokens: Tensor,
     *,
-    fused: bool,
-    amp: bool,
+    is_fused: bool,
+    has_amp: bool,
 ) -> Step:
-    """Return a function that trains one step and tells how many pairs it saw."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=fused, foreach=False)
+    """Return a function that trains one step and returns its number of pairs."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=is_fused, foreach=False)
     model.train()
 
     def step() -> int:
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=has_amp):
             loss = loss_of(images, tokens)
         loss.backward()
         optimizer.step()
@@ -85,25 +89,31 @@ def make_step(
 
 
 def project_step(
-    config: CLIPConfig, images: Tensor, tokens: Tensor, *, amp: bool, fused: bool = True, channels_last: bool = True,
-    compiled: bool = False,
-) -> Step:  # fmt: skip
-    """Return the project's step. Without `channels_last` the model takes the images as they come."""
+    config: CLIPConfig,
+    images: Tensor,
+    tokens: Tensor,
+    *,
+    has_amp: bool,
+    is_fused: bool = True,
+    channels_last: bool = True,
+    is_compiled: bool = False,
+) -> Step:
+    """Return the project's step. Without `channels_last` the images keep their memory format."""
     model = CLIP(config).to(images.device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     else:
         model.encode_image = model.visual
-    if compiled:
+    if is_compiled:
         model.compile()
 
     def loss_of(images: Tensor, tokens: Tensor) -> Tensor:
         return contrastive_loss(*model(images, tokens), model.logit_scale.exp())[0]
 
-    return make_step(model, loss_of, images, tokens, fused=fused, amp=amp)
+    return make_step(model, loss_of, images, tokens, is_fused=is_fused, has_amp=has_amp)
 
 
-def open_clip_step(config: CLIPConfig, images: Tensor, tokens: Tensor, *, amp: bool, best: bool) -> Step:
+def open_clip_step(config: CLIPConfig, images: Tensor, tokens: Tensor, *, has_amp: bool, is_best: bool) -> Step:
     """Return open_clip's step on a model of the same sizes."""
     from open_clip import model as peer
     from open_clip.loss import ClipLoss
@@ -123,7 +133,7 @@ def open_clip_step(config: CLIPConfig, images: Tensor, tokens: Tensor, *, amp: b
         layers=config.transformer_layers,
     )
     model = peer.CLIP(config.embed_dim, vision, text, quick_gelu=True).to(images.device)
-    if best:
+    if is_best:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
         if images.is_cuda:
@@ -134,11 +144,11 @@ def open_clip_step(config: CLIPConfig, images: Tensor, tokens: Tensor, *, amp: b
         image_features, text_features, logit_scale = model(images, tokens)[:3]
         return criterion(image_features, text_features, logit_scale)
 
-    return make_step(model, loss_of, images, padded(tokens), fused=best, amp=amp)
+    return make_step(model, loss_of, images, padded(tokens), is_fused=is_best, has_amp=has_amp)
 
 
 def pool_unfolded(self: AttentionPool2d, x: Tensor) -> Tensor:
-    """Pool with keys and values of every position."""
+    """Compute keys and values at every position."""
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
     q, k, v = (
@@ -149,14 +159,14 @@ def pool_unfolded(self: AttentionPool2d, x: Tensor) -> Tensor:
 
 
 def all_positions(self: Transformer, x: Tensor, positions: Tensor) -> Tensor:
-    """Run every block on every position."""
+    """Run every block at every position."""
     for block in self.resblocks:
         x = block(x, causal=self.causal)
     return x[torch.arange(len(x), device=x.device), positions]
 
 
 def patched(step: Step, owner: type, forward: Callable) -> Step:
-    """Return the step with another forward pass of one kind of module."""
+    """Return the step with another forward pass of one class of modules."""
     original = owner.forward
 
     def run() -> int:
@@ -169,10 +179,12 @@ def patched(step: Step, owner: type, forward: Callable) -> Step:
     return run
 
 
-def matmul_roof(device: torch.device, amp: bool) -> float:
-    """Return the FLOP/s that this device's matrix product reaches."""
+def matmul_speed(device: torch.device, has_amp: bool) -> float:
+    """Return the FLOP/s of a large matrix product on this device."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if amp else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(size, size, device=device, dtype=torch.bfloat16 if has_amp else torch.float32) for _ in range(2)
+    )
     times = []
     for _ in range(8):
         start = time.perf_counter()
@@ -187,38 +199,38 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default="RN50", metavar="NAME")
-    parser.add_argument("--batch", type=int, default=16, help="pairs")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each row in each round, one step at least")
-    parser.add_argument("--compile", action="store_true", help="a compiled row on a CPU too")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per row and round, at least one step")
+    parser.add_argument("--compile", action="store_true", help="measure a compiled row on a CPU too")
     add_output_flags(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no GPU; use --device cpu")
-    config, amp = load_model_config([("name", args.model)]), device.type == "cuda"
+        raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
+    config, has_amp = load_model_config({"name": args.model}), device.type == "cuda"
     torch.manual_seed(0)
     images = torch.randn(args.batch, 3, config.image_resolution, config.image_resolution, device=device)
     tokens = make_tokens(args.batch).to(device)
 
     def project(tokens: Tensor = tokens, **changes: bool) -> Step:
-        return project_step(config, images, tokens, amp=changes.pop("amp", amp), **changes)
+        return project_step(config, images, tokens, has_amp=has_amp, **changes)
 
-    bare = project(padded(tokens), fused=False, channels_last=False)
+    bare = project(padded(tokens), is_fused=False, channels_last=False)
     rows = {
-        "open_clip": open_clip_step(config, images, tokens, amp=amp, best=False),
-        "open_clip_best": open_clip_step(config, images, tokens, amp=amp, best=True),
-        "reference": open_clip_step(config, images, tokens, amp=False, best=False),
+        "open_clip": open_clip_step(config, images, tokens, has_amp=has_amp, is_best=False),
+        "open_clip_best": open_clip_step(config, images, tokens, has_amp=has_amp, is_best=True),
+        "reference": open_clip_step(config, images, tokens, has_amp=False, is_best=False),
         "project": project(),
         "without_trimming": project(padded(tokens)),
         "without_single_position": patched(project(), Transformer, all_positions),
         "without_folding": patched(project(), AttentionPool2d, pool_unfolded),
         "without_channels_last": project(channels_last=False),
-        "without_fused_adamw": project(fused=False),
+        "without_fused_adamw": project(is_fused=False),
         "without_all_of_these": patched(patched(bare, AttentionPool2d, pool_unfolded), Transformer, all_positions),
     }
     if args.compile or device.type == "cuda":
-        rows["project_compiled"] = project(compiled=True)
+        rows["project_compiled"] = project(is_compiled=True)
     if not config.is_resnet:
         del rows["without_folding"]
 
@@ -239,18 +251,21 @@ def main(argv: list[str] | None = None) -> None:
         )
         for name, values in rates.items()
     ]
-    report(table, f"A training step, {args.model}, {args.batch} pairs of {tokens.shape[1]} tokens at most", args)
+    report(table, f"A training step, {args.model}, {args.batch} pairs of at most {tokens.shape[1]} tokens", args)
 
     with FlopCounterMode(display=False) as counter:
         rows["project"]()
     per_pair = counter.get_total_flops() / args.batch
-    roof, speed = matmul_roof(device, amp), statistics.median(rates["project"])
+    limit, speed = matmul_speed(device, has_amp), statistics.median(rates["project"])
     print(
-        f"\nproject: {per_pair / 1e9:.1f} GFLOP a pair, {per_pair * speed / 1e9:.0f} GFLOP/s, "
-        f"{per_pair * speed / roof:.0%} of the {roof / 1e9:.0f} GFLOP/s that a matrix product reaches here"
+        f"\nproject: {per_pair / 1e9:.1f} GFLOP per pair, {per_pair * speed / 1e9:.0f} GFLOP/s, "
+        f"{per_pair * speed / limit:.0%} of the {limit / 1e9:.0f} GFLOP/s of a matrix product on this device"
     )
     if device.type == "cuda":
-        print("peak memory, GiB, with all rows' parameters: " + ", ".join(f"{n} {m:.1f}" for n, m in memory.items()))
+        print(
+            "peak memory in GiB, including the parameters of all rows: "
+            + ", ".join(f"{n} {m:.1f}" for n, m in memory.items())
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Images and prompts a second of a zero-shot evaluation, by this project's way and its peers'.
+"""Images and prompts per second of a zero-shot evaluation, for this project and its peers.
 
 python -m benchmarks.zero_shot [--model RN50] [--img_dir DIR] [--json FILE] [--png FILE]
 
-Three tables: images from memory, as CIFAR's are; photographs from files, COCO's from CLIP_TEST_DATA without --img_dir;
-and prompts, ImageNet's names in OpenAI's templates. The rows of each:
+Three tables: images from memory, as CIFAR's are; photographs from files, COCO's in CLIP_TEST_DATA unless --img_dir
+names others; and prompts, ImageNet's names in OpenAI's templates. The rows of each table:
   reference     one at a time: Pillow and torchvision's transform, a batch of 1; texts padded to 77 tokens
-  project       what zero_shot_eval.py does
+  project       the step of zero_shot_eval.py
   open_clip     its model, its preprocessing in a DataLoader, batches; its tokenizer, texts padded to 77 tokens
-  bare_forward  the project's model on batches that are ready
-  bare_loading  images alone: preprocessing on this core, no model
+  bare_forward  the project's model on prepared batches
+  bare_loading  images alone: preprocessing on one core, no model
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -26,73 +27,64 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/zero_shot.py` from any folder
+
 from benchmarks.common import Row, add_output_flags, find_test_data, measure_rates, report, to_rows
 from model import CLIP, TrainedCLIP, load_model_config
-from trainer.evaluation import encode_sources
+from model.export import open_clip_config
 from utils import imagenet
 from utils.errors import run_script
-from utils.export import open_clip_config
-from utils.images import ImageSource, find_images, load_image, normalize, to_tensor
-from utils.zero_shot import encode_texts
+from utils.images import ImageLike, find_images, load_image, normalize, to_tensor
 
 MEAN, STD = (0.4225, 0.4012, 0.3659), (0.2681, 0.2635, 0.2763)
-BATCH_SIZE, TEXTS_AT_ONCE = 128, 512
+BATCH_SIZE, TEXT_BATCH_SIZE = 128, 512
 Work = Callable[[], int]
 
 
 class Preprocessed(Dataset):
-    """Images through a transform of torchvision's."""
+    """Images after a torchvision transform."""
 
-    def __init__(self, sources: list[ImageSource], transform: Callable) -> None:
-        self.sources = sources
+    def __init__(self, images: list[ImageLike], transform: Callable) -> None:
+        self.images = images
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        source = self.sources[index]
-        return self.transform(source if isinstance(source, Image.Image) else Image.open(source))
+        image = self.images[index]
+        return self.transform(image if isinstance(image, Image.Image) else Image.open(image))
 
 
-def image_rows(clip: TrainedCLIP, peer: nn.Module, sources: list[ImageSource], workers: int) -> dict[str, Work]:
+def image_rows(clip: TrainedCLIP, peer: nn.Module, images: list[ImageLike], num_workers: int) -> dict[str, Work]:
     """Return the rows that encode images."""
     size = clip.model.config.image_resolution
     preprocess = open_clip.image_transform(size, is_train=False, mean=MEAN, std=STD)
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
-    one_by_one = Preprocessed(
-        sources,
-        transforms.Compose(
-            [
-                resize,
-                transforms.CenterCrop(size),
-                lambda image: image.convert("RGB"),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        ),
-    )
-    numbers = cycle(range(len(sources)))
-    some = sources[:BATCH_SIZE]
-    ready = normalize(torch.stack([to_tensor(load_image(source, size)) for source in some]), MEAN, STD)
+    to_rgb = transforms.Lambda(lambda image: image.convert("RGB"))
+    crop, finish = transforms.CenterCrop(size), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    one_by_one = Preprocessed(images, transforms.Compose([resize, crop, to_rgb, *finish]))
+    indices = cycle(range(len(images)))
+    first_batch = [to_tensor(load_image(image, size)) for image in images[:BATCH_SIZE]]
+    prepared = normalize(torch.stack(first_batch), MEAN, STD)
 
     def reference() -> int:
-        F.normalize(peer.encode_image(one_by_one[next(numbers)][None]), dim=-1)
+        F.normalize(peer.encode_image(one_by_one[next(indices)][None]), dim=-1)
         return 1
 
     def project() -> int:
-        encode_sources(clip, sources, batch_size=BATCH_SIZE, num_workers=workers)
-        return len(sources)
+        clip.encode_readable(images, batch_size=BATCH_SIZE, num_workers=num_workers)
+        return len(images)
 
     def peers() -> int:
-        loader = DataLoader(Preprocessed(sources, preprocess), batch_size=BATCH_SIZE, num_workers=workers)
-        return sum(len(peer.encode_image(images, normalize=True)) for images in loader)
+        loader = DataLoader(Preprocessed(images, preprocess), batch_size=BATCH_SIZE, num_workers=num_workers)
+        return sum(len(peer.encode_image(batch, normalize=True)) for batch in loader)
 
     def bare_forward() -> int:
-        return len(F.normalize(clip.model.encode_image(ready), dim=-1))
+        return len(F.normalize(clip.model.encode_image(prepared), dim=-1))
 
     def bare_loading() -> int:
-        to_tensor(load_image(sources[next(numbers)], size))
+        to_tensor(load_image(images[next(indices)], size))
         return 1
 
     return {
@@ -108,9 +100,8 @@ def text_rows(clip: TrainedCLIP, peer: nn.Module, texts: list[str]) -> dict[str,
     """Return the rows that encode prompts."""
     tokenizer = open_clip.get_tokenizer("RN50")
     ordered = sorted(texts, key=len)
-    ready = [
-        clip.model.tokenize(ordered[start : start + TEXTS_AT_ONCE]) for start in range(0, len(texts), TEXTS_AT_ONCE)
-    ]
+    starts = range(0, len(texts), TEXT_BATCH_SIZE)
+    prepared = [clip.model.tokenize(ordered[start : start + TEXT_BATCH_SIZE]) for start in starts]
     endless = cycle(texts)
 
     def reference() -> int:
@@ -118,26 +109,27 @@ def text_rows(clip: TrainedCLIP, peer: nn.Module, texts: list[str]) -> dict[str,
         return 1
 
     def project() -> int:
-        return len(encode_texts(clip.model, texts, batch_size=TEXTS_AT_ONCE))
+        return len(clip.encode_text(texts, batch_size=TEXT_BATCH_SIZE))
 
     def peers() -> int:
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            peer.encode_text(tokenizer(texts[start : start + TEXTS_AT_ONCE]), normalize=True)
+        for start in starts:
+            peer.encode_text(tokenizer(texts[start : start + TEXT_BATCH_SIZE]), normalize=True)
         return len(texts)
 
     def bare_forward() -> int:
-        return sum(len(F.normalize(clip.model.encode_text(tokens), dim=-1)) for tokens in ready)
+        return sum(len(F.normalize(clip.model.encode_text(tokens), dim=-1)) for tokens in prepared)
 
     return {"reference": reference, "project": project, "open_clip": peers, "bare_forward": bare_forward}
 
 
 def cifar_like(count: int) -> Iterator[Image.Image]:
-    """Make pictures of CIFAR's size."""
+    """Yield random pictures of CIFAR's size."""
     for pixels in np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8):
         yield Image.fromarray(pixels)
 
 
 def photographs(img_dir: Path | None) -> list[Path]:
+    """Return the images of a folder, or COCO's."""
     if img_dir:
         return find_images(img_dir)
     coco = find_test_data("give --img_dir, or ") / "coco_mini"
@@ -148,12 +140,12 @@ def photographs(img_dir: Path | None) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="RN-small", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--img_dir", type=Path, metavar="DIR")
-    parser.add_argument("--num_images", type=int, default=2048, metavar="N", help="of a pass (default: %(default)s)")
-    parser.add_argument("--num_texts", type=int, default=2048, metavar="N", help="of a pass (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="one a core at most (default: 4)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each row in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--img_dir", type=Path, metavar="DIR", help="photographs (default: COCO's in CLIP_TEST_DATA)")
+    parser.add_argument("--num_images", type=int, default=2048, metavar="N", help="per pass (default: %(default)s)")
+    parser.add_argument("--num_texts", type=int, default=2048, metavar="N", help="per pass (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="at most one per core (default: 4)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per row and round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     add_output_flags(parser)
     args = parser.parse_args(argv)
 
@@ -162,14 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     clip = TrainedCLIP(CLIP(config).eval(), MEAN, STD)
     peer = open_clip.CLIP(**open_clip_config(config)).eval()
     peer.load_state_dict(clip.model.state_dict())
-    many = (photographs(args.img_dir) * args.num_images)[: args.num_images]
+    files = (photographs(args.img_dir) * args.num_images)[: args.num_images]
     names, templates = imagenet.classnames().values(), imagenet.templates("openai")
     texts = [template.replace("{}", name) for name in names for template in templates][:: 80_000 // args.num_texts]
-    workers = min(args.num_workers, os.cpu_count() or 1)
+    num_workers = min(args.num_workers, os.cpu_count() or 1)
 
     tables = {
-        "images from memory": (image_rows(clip, peer, list(cifar_like(args.num_images)), workers), "images/s"),
-        "photographs from files": (image_rows(clip, peer, many, workers), "images/s"),
+        "images from memory": (image_rows(clip, peer, list(cifar_like(args.num_images)), num_workers), "images/s"),
+        "photographs from files": (image_rows(clip, peer, files, num_workers), "images/s"),
         "prompts": (text_rows(clip, peer, texts), "prompts/s"),
     }
     rows: list[Row] = []

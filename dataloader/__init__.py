@@ -1,1 +1,1 @@
-"""Captioned images in, uint8 batches out."""
+"""Captioned images: from files, shards or streams to batches."""

@@ -1,6 +1,7 @@
-"""What the model sees of a training image and its caption: drawn per sample, applied in a worker or on the device."""
+"""Random crops, flips, colors and masked tokens of training samples, in a worker or on the device."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataloader.config import DataConfig
-from dataloader.tables import random_numbers
-from utils.images import resize_and_crop
+from dataloader.token_table import random_numbers
+from utils.images import normalize, resize_and_crop
 
 # The columns of a sample's random numbers.
 CAPTION, AREA, ASPECT, TOP, LEFT, FLIP, BRIGHTNESS, CONTRAST, SATURATION = range(9)
@@ -19,9 +20,10 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Augmentation:
-    """`reference`: short side to `size`, centre crop. `standard`: random-resized crop, flip and colour jitter.
+    """How images become the model's input of `size` x `size` pixels, and which tokens it sees.
 
-    The same random numbers `draws` [batch, NUM_DRAWS] give the same crop wherever it is made.
+    `reference`: resize the short side, crop the center. `standard`: random-resized crop, flip and color jitter. The
+    random numbers `draws` [batch, NUM_DRAWS] of a sample give the same crop in a worker and on the device.
     """
 
     def __init__(self, config: DataConfig, size: int) -> None:
@@ -31,9 +33,11 @@ class Augmentation:
         self.flip = config.flip and self.is_random
         self.color_jitter = config.color_jitter if self.is_random else 0.0
         self.token_dropout = config.token_dropout
+        self.image_mean = config.image_mean
+        self.image_std = config.image_std
 
     def crop(self, image: Tensor, draws: np.ndarray) -> Tensor:
-        """Take one image, uint8 [3, height, width] on the CPU, to [3, size, size]; `draws` [NUM_DRAWS]."""
+        """Crop and resize one image, uint8 [3, height, width] on the CPU, to [3, size, size]. `draws`: [NUM_DRAWS]."""
         if not self.is_random:
             return resize_and_crop(image, self.size)
         top, left, height, width = crop_boxes(draws, image.shape[1], image.shape[2], self.crop_scale).tolist()
@@ -41,25 +45,30 @@ class Augmentation:
         return F.interpolate(part, (self.size, self.size), mode="bilinear", antialias=True)[0]
 
     def crop_squares(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Take squares, uint8 [batch, 3, side, side], to [batch, 3, size, size] in 0..255 where they lie.
+        """Crop and resize squares, uint8 [batch, 3, side, side], to [batch, 3, size, size] in 0..255 on their device.
 
-        For GPUs, which do in a moment what `crop` does to one image after the other: float32, not rounded, else the
-        same. Squares that are of `size` already come back as they are.
+        A GPU crops the whole batch at once. The result is float32 and not rounded, and otherwise that of `crop`.
+        Squares that need neither are returned unchanged.
         """
         side = images.shape[-1]
         if not self.is_random:
             if side == self.size:
                 return images
             return F.interpolate(images.float(), (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
-        from torchvision.ops import roi_align  # here, since importing torchvision takes over a second
+        from torchvision.ops import roi_align  # torchvision takes over a second to import
 
         top, left, height, width = crop_boxes(draws, side, side, self.crop_scale)
         boxes = np.stack([np.arange(len(draws)), left, top, left + width, top + height], axis=1)
         boxes = torch.from_numpy(boxes).float().to(images.device, non_blocking=True)
         return roi_align(images.float(), boxes, self.size, aligned=True)
 
-    def recolour(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Flip and jitter [batch, 3, size, size] with values in 0..255, where they lie."""
+    def finish(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Flip, jitter and normalize cropped images, [batch, 3, size, size] in 0..255, on their device: float32."""
+        mean, std = (_on_device(values, images.device) for values in (self.image_mean, self.image_std))
+        return normalize(self.recolor(images, draws), mean, std)
+
+    def recolor(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Flip images and jitter their colors, [batch, 3, size, size] in 0..255, on their device."""
         if not (self.flip or self.color_jitter):
             return images
         draws = torch.from_numpy(draws).float().to(images.device, non_blocking=True)[:, :, None, None, None]
@@ -67,17 +76,17 @@ class Augmentation:
             images = torch.where(draws[:, FLIP] < 0.5, images.flip(3), images)
         return self._jitter(images.float(), draws) if self.color_jitter else images
 
-    def vary_texts(self, tokens: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
-        """Blank a share of the tokens of texts [batch, length], drawn per sample as the images' numbers are."""
+    def mask_tokens(self, tokens: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
+        """Set a random share `token_dropout` of the tokens of each text, int64 [batch, length], to 0."""
         if not self.token_dropout:
             return tokens
         draws = random_numbers(seed, epoch, indices, NUM_DRAWS + tokens.shape[1])[:, NUM_DRAWS:]
         return drop_tokens(tokens, draws, self.token_dropout)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Scale brightness, contrast (about the image's mean grey) and saturation by 1 +- color_jitter each."""
+        """Scale brightness, contrast (about the mean grey of each image) and saturation by 1 +- color_jitter each."""
         factors = 1 + self.color_jitter * (2 * draws - 1)
-        luma = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
+        luma = _on_device(LUMA, images.device).view(1, 3, 1, 1)
         images = images * factors[:, BRIGHTNESS]
         grey = (images * luma).sum(dim=1, keepdim=True)
         images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, factors[:, CONTRAST])
@@ -86,7 +95,7 @@ class Augmentation:
 
 
 def drop_tokens(tokens: Tensor, draws: np.ndarray, share: float) -> Tensor:
-    """Return texts, int64 [batch, length], in which a `share` of the tokens between the markers is 0, as padding is.
+    """Return texts, int64 [batch, length], with a `share` of the tokens between the markers set to 0, the padding id.
 
     `draws`: [batch, length] in [0, 1). Word dropout (Iyyer et al. 2015, section 3.2).
     """
@@ -96,16 +105,22 @@ def drop_tokens(tokens: Tensor, draws: np.ndarray, share: float) -> Tensor:
 
 
 def crop_boxes(draws: np.ndarray, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
-    """Return (top, left, height, width) of random-resized crops, int64 [4, ...] for draws [..., NUM_DRAWS].
+    """Return (top, left, height, width) of random-resized crops, int64 [4, ...] for `draws` [..., NUM_DRAWS].
 
-    A crop covers a uniform share in `scale` of the image's area, at a log-uniform aspect ratio in 3/4 .. 4/3
-    (Szegedy et al. 2015, section 6); where it would not fit, its longer side is cut.
+    A crop covers a uniformly drawn share of the image's area, within `scale`, at a log-uniform aspect ratio in
+    3/4 .. 4/3 (Szegedy et al. 2015, section 6). A side longer than the image's is cut to it.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., AREA])
     low, high = LOG_ASPECT_RATIOS
     aspect = np.exp(low + (high - low) * draws[..., ASPECT])
     crop_height = np.maximum(1, np.minimum(height, np.rint(np.sqrt(area / aspect))))
     crop_width = np.maximum(1, np.minimum(width, np.rint(np.sqrt(area * aspect))))
-    top = (height - crop_height + 1) * draws[..., TOP]  # rounded down below
+    top = (height - crop_height + 1) * draws[..., TOP]  # astype rounds down
     left = (width - crop_width + 1) * draws[..., LEFT]
     return np.array([top, left, crop_height, crop_width]).astype(np.int64)
+
+
+@lru_cache(maxsize=16)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return constants as a tensor, copied to the device once."""
+    return torch.tensor(values, device=device)

@@ -1,59 +1,113 @@
-"""What `data_config.yaml` holds."""
+"""The keys of `data_config.yaml`, and the flags of other commands that read captions."""
 
-from collections.abc import Iterable
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from utils.config import load_config
+from pydantic import Field, PositiveInt
+
+from utils.config import Config, Overrides, Share, load_config
 
 CONFIG_FILE = Path(__file__).with_name("data_config.yaml")
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+FORMATS = ("auto", "coco", "karpathy", "csv", "folder", "shards")  # captions.py reads them
+
+
+class CaptionFlags(NamedTuple):
+    """How messages name the flags of a command."""
+
+    img_dir: str = "--img_dir"
+    annotation_file: str = "--annotation_file"
+    prefix: str = "--"  # of format, csv_image_column and csv_caption_column
+
+
+class CaptionSpec(NamedTuple):
+    """Where images and captions are, and in which format."""
+
+    img_dir: str | Path
+    annotation_file: str | Path | None = None  # None if the captions are beside the images
+    format: str = "auto"  # one of FORMATS
+    csv_image_column: str = "filepath"
+    csv_caption_column: str = "title"
+    split: str = "train"  # of a Karpathy file: train (includes restval), val or test
+    flags: CaptionFlags = CaptionFlags()
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Paths and preprocessing. Raises ValueError for an impossible value."""
+class DataConfig(Config):
+    """Paths and preprocessing of the training and validation data; `data_config.yaml` explains each key."""
 
     train_img_dir: str
-    train_annotation_file: str | None  # None for folders and shards, whose captions lie beside the images
+    train_annotation_file: str | None
     val_img_dir: str | None
     val_annotation_file: str | None
     val_class_dir: str | None
-    format: Literal["auto", "coco", "karpathy", "csv", "folder", "shards", "stream"]
+    format: Literal[(*FORMATS, "stream")]
+    val_format: Literal[FORMATS] | None
     csv_image_column: str
     csv_caption_column: str
-    stream_num_images: int | None  # of an epoch, where the shards do not tell
+    stream_num_images: PositiveInt | None
     cache: Literal["none", "jpeg", "pixels"]
     cache_dir: str
     cache_device: Literal["auto", "cpu", "gpu"]
     augmentation: Literal["reference", "standard"]
-    crop_scale: tuple[float, float]  # share of the image's area that a random crop covers, least and most
+    crop_scale: tuple[PositiveShare, PositiveShare]
     flip: bool
-    color_jitter: float
-    token_dropout: float  # share of a caption's tokens, in [0, 1)
-    image_mean: tuple[float, float, float]  # of RGB in [0, 1]
-    image_std: tuple[float, float, float]
-    max_unreadable_share: float  # of the training images, in [0, 0.5]
+    color_jitter: Share
+    token_dropout: Annotated[float, Field(ge=0, lt=1)]
+    image_mean: tuple[Share, Share, Share]
+    image_std: tuple[PositiveShare, PositiveShare, PositiveShare]
+    max_unreadable_share: Annotated[float, Field(ge=0, le=0.5)]
 
     def __post_init__(self) -> None:
         if self.val_img_dir is None and self.val_annotation_file is not None:
-            raise ValueError("val_img_dir belongs with val_annotation_file: set it too")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale should be two rising numbers in (0, 1], found {list(self.crop_scale)}")
-        if not 0 <= self.color_jitter <= 1:
-            raise ValueError(f"color_jitter should be in [0, 1], found {self.color_jitter}")
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"token_dropout should be in [0, 1), found {self.token_dropout}")
+            raise ValueError("val_img_dir is missing: --val_img_dir gives the folder of the validation images")
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale should be [least, most], found {list(self.crop_scale)}")
         if self.cache != "none" and self.format in ("shards", "stream"):
-            raise ValueError(f"cache should be none for format {self.format}: shards need no other")
-        if not all(0 <= mean <= 1 for mean in self.image_mean):
-            raise ValueError(f"image_mean should be three numbers in [0, 1], found {list(self.image_mean)}")
-        if not all(0 < std <= 1 for std in self.image_std):
-            raise ValueError(f"image_std should be three numbers in (0, 1], found {list(self.image_std)}")
-        if not 0 <= self.max_unreadable_share <= 0.5:
-            raise ValueError(f"max_unreadable_share should be in [0, 0.5], found {self.max_unreadable_share}")
+            raise ValueError(f"cache should be none for format {self.format}: shards are packed images already")
+
+    @property
+    def default_format(self) -> str:
+        """The format of files other than the training set's: `format` if it is an annotation file's, else auto."""
+        return self.format if self.format in ("coco", "karpathy", "csv") else "auto"
+
+    def captions(self, split: Literal["train", "val"]) -> CaptionSpec | None:
+        """Return where the training or validation captions are, or None for no validation set."""
+        if split == "train":
+            files = self.train_img_dir, self.train_annotation_file, self.format
+        else:
+            files = self.val_img_dir, self.val_annotation_file, self.val_format or self.default_format
+        flags = CaptionFlags(f"--{split}_img_dir", f"--{split}_annotation_file", "--set dataloader.")
+        return files[0] and CaptionSpec(*files, self.csv_image_column, self.csv_caption_column, split, flags)
 
 
-def load_data_config(overrides: Iterable[tuple[str, Any]] = ()) -> DataConfig:
-    """Read the YAML file, each (key, value) override applied. Raises UserError for an unknown key or bad value."""
+def load_data_config(overrides: Overrides = ()) -> DataConfig:
+    """Read `data_config.yaml` and apply the overrides. Raises UserError for an unknown key or a wrong value."""
     return load_config(DataConfig, CONFIG_FILE, overrides)
+
+
+def add_caption_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --format, --csv_image_column and --csv_caption_column; `caption_spec` reads them."""
+    default = "default: that of data_config.yaml"
+    parser.add_argument("--format", choices=FORMATS, help=f"of the captions ({default})")
+    parser.add_argument("--csv_image_column", metavar="NAME", help=f"of a CSV file: the image's file name ({default})")
+    parser.add_argument("--csv_caption_column", metavar="NAME", help=f"of a CSV file: the caption ({default})")
+
+
+def caption_spec(args: argparse.Namespace, img_dir_flag: str, split: str) -> CaptionSpec:
+    """Return the captions that a command's flags describe: `img_dir_flag`, --annotation_file, `add_caption_flags`.
+
+    `data_config.yaml` sets the flags that are not given. Raises UserError.
+    """
+    config = load_data_config()
+    return CaptionSpec(
+        getattr(args, img_dir_flag.removeprefix("--")),
+        args.annotation_file,
+        args.format or config.default_format,
+        args.csv_image_column or config.csv_image_column,
+        args.csv_caption_column or config.csv_caption_column,
+        split,
+        CaptionFlags(img_dir_flag),
+    )

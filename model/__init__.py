@@ -1,8 +1,8 @@
-"""CLIP, its named architectures, and the one loader for weights of any layout."""
+"""CLIP, its named architectures, and trained models from weights of any layout."""
 
 from model.clip import CLIP
 from model.config import CLIPConfig, load_model_config
-from model.trained import TrainedCLIP
-from model.weights import load_clip, load_weights, read_checkpoint
+from model.pretrained.inference import TrainedCLIP
+from model.pretrained.weights import load_clip, load_weights, read_checkpoint
 
 __all__ = ["CLIP", "CLIPConfig", "TrainedCLIP", "load_clip", "load_model_config", "load_weights", "read_checkpoint"]

@@ -1,4 +1,4 @@
-"""CLIP: an image encoder and a text encoder that meet in one space (Radford et al. 2021)."""
+"""CLIP: an image encoder and a text encoder with a common feature space (Radford et al. 2021)."""
 
 import math
 from collections.abc import Sequence
@@ -17,23 +17,16 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # Zhai et al. 2023, section 3.2
 
 
 class CLIP(nn.Module):
-    """OpenAI's CLIP with its state-dict names. `logit_scale` is the log of the multiplier, as there."""
+    """CLIP with the state-dict names of OpenAI's code. As there, `logit_scale` stores log(scale)."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        vision = {
-            "resolution": config.image_resolution,
-            "width": config.vision_width,
-            "layers": config.vision_layers,
-            "heads": config.vision_heads,
-            "embed_dim": config.embed_dim,
-        }
+        sizes = (config.vision_layers, config.vision_width, config.image_resolution, config.embed_dim)
         if config.is_resnet:
-            self.visual = ModifiedResNet(**vision)
+            self.visual = ModifiedResNet(*sizes)
         else:
-            self.visual = VisionTransformer(**vision, patch_size=config.vision_patch_size)
-
+            self.visual = VisionTransformer(config.vision_patch_size, *sizes)
         width = config.transformer_width
         self.transformer = Transformer(width, config.transformer_layers, config.transformer_heads, causal=True)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -46,7 +39,7 @@ class CLIP(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Draw the weights as OpenAI's code does, where that differs from torch's defaults."""
+        """Initialize as OpenAI's code does, where it differs from PyTorch's defaults."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
 
@@ -55,7 +48,7 @@ class CLIP(nn.Module):
             for projection in (attnpool.q_proj, attnpool.k_proj, attnpool.v_proj, attnpool.c_proj):
                 nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
             for module in self.visual.modules():
-                if isinstance(module, Bottleneck):  # each residual branch starts as the identity
+                if isinstance(module, Bottleneck):  # each residual branch starts as zero
                     nn.init.zeros_(module.bn3.weight)
 
         width, layers = self.config.transformer_width, self.config.transformer_layers
@@ -66,31 +59,36 @@ class CLIP(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
+    @property
+    def temperature(self) -> list[nn.Parameter]:
+        """The parameters that the loss applies to the similarities: `logit_scale`, and `logit_bias` if there is one."""
+        return [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+
     def recompute_activations(self) -> None:
-        """In training, keep what is between the stages of both encoders only; the backward pass computes the rest."""
+        """In training, keep activations only between the stages of both encoders and recompute the rest."""
         for module in self.modules():
             if hasattr(module, "recompute"):
                 module.recompute = True
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encode normalized images [batch, 3, resolution, resolution] to features [batch, embed_dim], any length.
+        """Encode normalized images [batch, 3, resolution, resolution] to unnormalized features [batch, embed_dim].
 
-        Raises ValueError if the images are not of the model's resolution.
+        Raises ValueError for images of another shape.
         """
         resolution = self.config.image_resolution
         if images.shape[1:] != (3, resolution, resolution):
-            raise ValueError(f"images are {list(images.shape)}, the model takes [batch, 3, {resolution}, {resolution}]")
+            raise ValueError(f"images should be [batch, 3, {resolution}, {resolution}], found {list(images.shape)}")
         return self.visual(images.contiguous(memory_format=torch.channels_last))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return token ids [num_texts, length] for `encode_text`; longer texts than context_length are cut."""
+        """Return token ids, int64 [num_texts, length], for `encode_text`; texts are truncated to `context_length`."""
         return get_tokenizer()(texts, context_length=self.config.context_length)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encode token ids [batch, length], length up to context_length, to features [batch, embed_dim].
+        """Encode token ids [batch, length], length <= context_length, to unnormalized features [batch, embed_dim].
 
-        The feature is read at the end-of-text marker, the highest id. Attention is causal, so what follows the
-        marker cannot change it: padding a text, or trimming its padding, leaves its feature as it is.
+        The feature is the output at the end marker, which has the highest id. Attention is causal, so padding after
+        the end marker does not change the feature.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         x = self.transformer(x, positions=tokens.argmax(dim=-1))
@@ -99,6 +97,6 @@ class CLIP(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return L2-normalized (image_features, text_features), each [batch, embed_dim].
 
-        The logits are left to the loss: it needs the features of every device at once.
+        The loss computes the logits: it needs the features of all devices at once.
         """
         return F.normalize(self.encode_image(images), dim=-1), F.normalize(self.encode_text(tokens), dim=-1)

@@ -1,4 +1,4 @@
-"""Forward passes that are made twice: to save memory, or to see more pairs at once."""
+"""Run a forward pass a second time without counting the batch twice in BatchNorm's statistics."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm in training mode leave its running averages alone: of two passes over a batch one counts."""
+    """Keep the running statistics of all BatchNorm layers in `module` unchanged, in training mode too."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
@@ -24,6 +24,6 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call `module` without keeping what is inside: the backward pass computes it again (Chen et al. 2016)."""
+    """Call `module` without storing its activations; the backward pass recomputes them (Chen et al. 2016)."""
     contexts = lambda: (contextlib.nullcontext(), frozen_statistics(module))  # noqa: E731
     return checkpoint(module, *args, use_reentrant=False, context_fn=contexts, **kwargs)

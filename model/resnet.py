@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model.config import HEAD_WIDTH, RESNET_STRIDE
 from model.recompute import recomputed
 
 
 class Bottleneck(nn.Module):
-    """A ResNet bottleneck whose stride is an average pool, so that every convolution has stride 1 (anti-aliasing).
+    """A ResNet bottleneck that strides by average pooling; every convolution has stride 1 (anti-aliasing).
 
-    Takes [batch, in_channels, height, width], returns [batch, 4 * channels, height / stride, width / stride].
+    Maps [batch, in_channels, height, width] to [batch, 4 * channels, height / stride, width / stride].
     """
 
     expansion = 4
@@ -30,15 +31,8 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride > 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                OrderedDict(
-                    {
-                        "-1": nn.AvgPool2d(stride),
-                        "0": nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                        "1": nn.BatchNorm2d(out_channels),
-                    }
-                )
-            )
+            conv, norm = nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            self.downsample = nn.Sequential(OrderedDict({"-1": nn.AvgPool2d(stride), "0": conv, "1": norm}))
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -49,11 +43,11 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Multi-head attention pooling: the mean over positions queries the mean and all positions.
+    """Multi-head attention pooling: the mean over positions attends to itself and to all positions.
 
-    Takes [batch, channels, height, width], returns [batch, output_dim]. With one query, its product with a projected
-    position is that of the back-projected query with the position itself, and the weighted sum of projected positions
-    is the projected weighted sum: no position is ever projected, and the result is the same.
+    Maps [batch, channels, height, width] to [batch, output_dim]. There is one query, so the key and value projections
+    can move off the positions: q (W_k x) = (q W_k) x, and sum_i a_i (W_v x_i) = W_v sum_i a_i x_i. Projecting one
+    vector instead of all positions gives the same result with less work.
     """
 
     def __init__(self, spatial_dim: int, channels: int, heads: int, output_dim: int) -> None:
@@ -80,12 +74,12 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet with a stem of three convolutions, anti-aliased strides and attention pooling.
+    """A ResNet with a stem of three convolutions, anti-aliased strides and attention pooling.
 
-    Takes images [batch, 3, resolution, resolution], returns features [batch, embed_dim].
+    Maps images [batch, 3, resolution, resolution] to features [batch, embed_dim].
     """
 
-    def __init__(self, *, layers: Sequence[int], resolution: int, width: int, heads: int, embed_dim: int) -> None:
+    def __init__(self, layers: Sequence[int], width: int, resolution: int, embed_dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -102,7 +96,7 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self._stage(channels[1], width * 2, layers[1], stride=2)
         self.layer3 = self._stage(channels[2], width * 4, layers[2], stride=2)
         self.layer4 = self._stage(channels[3], width * 8, layers[3], stride=2)
-        self.attnpool = AttentionPool2d(resolution // 32, channels[4], heads, embed_dim)
+        self.attnpool = AttentionPool2d(resolution // RESNET_STRIDE, channels[4], channels[4] // HEAD_WIDTH, embed_dim)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -1,27 +1,22 @@
-"""Pre-norm transformer blocks, and the Vision Transformer image encoder.
-
-Modules and parameters carry OpenAI's names, which are the field's checkpoint format.
-"""
+"""Pre-norm transformer blocks and the Vision Transformer image encoder, with OpenAI's parameter names."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import HEAD_WIDTH
 from model.recompute import recomputed
 
 
 class QuickGELU(nn.Module):
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with (Hendrycks & Gimpel 2016, section 2)."""
+    """The sigmoid approximation of GELU in OpenAI's CLIP (Hendrycks & Gimpel 2016, section 2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with `nn.MultiheadAttention`'s parameter names.
-
-    Takes and returns [batch, length, width].
-    """
+    """Multi-head self-attention on [batch, length, width], with `nn.MultiheadAttention`'s parameter names."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -38,21 +33,21 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
-    def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
-        """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
+    def forward_one_position(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+        """Return only the output at `positions` [batch], one per sequence: [batch, width]."""
         width = x.shape[2]
         row = x[torch.arange(x.shape[0], device=x.device), positions]
         q = F.linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
         kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
         q = q.unflatten(-1, (self.heads, -1))[:, :, None]  # [batch, heads, 1, 64]
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        is_seen = torch.arange(x.shape[1], device=x.device) <= positions[:, None] if causal else None
-        mask = None if is_seen is None else is_seen[:, None, None]
+        is_visible = torch.arange(x.shape[1], device=x.device) <= positions[:, None]  # [batch, length]
+        mask = is_visible[:, None, None] if causal else None
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers with a hidden layer four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -78,18 +73,18 @@ class ResidualAttentionBlock(nn.Module):
         x = x + self.attn(self.ln_1(x), causal=causal)
         return x + self.mlp(self.ln_2(x))
 
-    def forward_at(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
-        """Return row `positions` [batch] of each sequence's output alone: [batch, width]."""
+    def forward_one_position(self, x: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+        """Return only the output at `positions` [batch], one per sequence: [batch, width]."""
         row = x[torch.arange(x.shape[0], device=x.device), positions]
-        row = row + self.attn.forward_at(self.ln_1(x), positions, causal=causal)
+        row = row + self.attn.forward_one_position(self.ln_1(x), positions, causal=causal)
         return row + self.mlp(self.ln_2(row))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `causal` lets each position see only itself and those before it.
+    """A stack of blocks. With `causal`, each position attends only to itself and to earlier ones.
 
-    Takes [batch, length, width] and returns row `positions` [batch] of each sequence, [batch, width]: the last block
-    computes no other.
+    Maps [batch, length, width] to the outputs at `positions` [batch], one per sequence: [batch, width]. The last block
+    computes only these.
     """
 
     def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
@@ -100,22 +95,18 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         for block in self.resblocks[:-1]:
-            if self.recompute and self.training:
-                x = recomputed(block, x, causal=self.causal)
-            else:
-                x = block(x, causal=self.causal)
-        return self.resblocks[-1].forward_at(x, positions, causal=self.causal)
+            is_recomputed = self.recompute and self.training
+            x = recomputed(block, x, causal=self.causal) if is_recomputed else block(x, causal=self.causal)
+        return self.resblocks[-1].forward_one_position(x, positions, causal=self.causal)
 
 
 class VisionTransformer(nn.Module):
-    """ViT with a class token (Dosovitskiy et al. 2021) and CLIP's extra LayerNorm before the blocks.
+    """ViT with a class token (Dosovitskiy et al. 2021) and CLIP's additional LayerNorm before the blocks.
 
-    Takes images [batch, 3, resolution, resolution], returns features [batch, embed_dim].
+    Maps images [batch, 3, resolution, resolution] to features [batch, embed_dim].
     """
 
-    def __init__(
-        self, *, resolution: int, patch_size: int, width: int, layers: int, heads: int, embed_dim: int
-    ) -> None:
+    def __init__(self, patch_size: int, layers: int, width: int, resolution: int, embed_dim: int) -> None:
         super().__init__()
         num_patches = (resolution // patch_size) ** 2
         scale = width**-0.5
@@ -123,7 +114,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(num_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, causal=False)
+        self.transformer = Transformer(width, layers, width // HEAD_WIDTH, causal=False)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 

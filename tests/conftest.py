@@ -1,6 +1,7 @@
-"""Small models and datasets that the tests share. Tests on real data find it through CLIP_TEST_DATA."""
+"""Small models and datasets for the tests. Tests on real data find it through CLIP_TEST_DATA."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataloader.order import EpochBatchSampler
+from dataloader.captions import CaptionSet
+from dataloader.config import load_data_config
+from dataloader.data_loaders import TrainLoader, open_dataset
+from dataloader.sampler import START, BatchLayout, EpochSampler, Position
+from dataloader.storage.stream import ShardStream
 from model import CLIP, CLIPConfig
 from utils import errors
 
@@ -34,13 +39,11 @@ TINY = CLIPConfig(
     transformer_heads=1,
     transformer_layers=1,
 )
-TINY_KEYS = ("embed_dim", "image_resolution", "vision_width", "transformer_width", "transformer_heads")
-TINY_FLAGS = [flag for key in TINY_KEYS for flag in ("--set", f"model.{key}={getattr(TINY, key)}")]
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Real COCO and Flickr8k images; the tests that need them are skipped where they are not."""
+    """Return the folder of real COCO and Flickr8k images, or skip the test."""
     folder = os.environ.get("CLIP_TEST_DATA")
     if not folder:
         pytest.skip("CLIP_TEST_DATA does not name a folder with coco_mini/ and flickr8k/")
@@ -54,7 +57,7 @@ def tiny_model() -> CLIP:
 
 
 def make_captions(folder: Path, num_images: int = 24, size: tuple[int, int] = (48, 40)) -> tuple[Path, Path]:
-    """Write plain images of distinct colours with captions in COCO's format; return (img_dir, annotation_file)."""
+    """Write plain images of distinct colors with captions in COCO's format; return (img_dir, annotation_file)."""
     img_dir = folder / "images"
     img_dir.mkdir(parents=True)
     images, annotations = [], []
@@ -71,9 +74,35 @@ def make_captions(folder: Path, num_images: int = 24, size: tuple[int, int] = (4
     return img_dir, annotation_file
 
 
-def make_order(num_images: int, batch_size: int, num_epochs: int = 2, seed: int = 3, **place) -> EpochBatchSampler:
-    """Return the order of the data that the loaders' tests go through."""
-    return EpochBatchSampler(num_images, batch_size=batch_size, num_epochs=num_epochs, seed=seed, **place)
+def make_sampler(
+    num_images: int, batch_size: int, *, num_epochs: int = 2, seed: int = 3, start: Position = START, **layout: int
+) -> EpochSampler:
+    """Return the order of the data in the tests of the loaders; `layout` are fields of `BatchLayout`."""
+    return EpochSampler(num_images, BatchLayout(batch_size, **layout), num_epochs=num_epochs, seed=seed, start=start)
+
+
+def message_logger(messages: list[str]) -> logging.Logger:
+    """Return a logger that appends its messages to a list."""
+    logger, handler = logging.Logger("test"), logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    return logger
+
+
+def open_loader(
+    train_set: CaptionSet | ShardStream,
+    sampler: EpochSampler,
+    *,
+    size: int = 32,
+    num_workers: int = 0,
+    messages: list[str] | None = None,
+    **changes: object,
+) -> TrainLoader:
+    """Return the loader of a training set on the CPU; `changes` are keys of data_config.yaml."""
+    config, logger = load_data_config(changes), message_logger([] if messages is None else messages)
+    options = {"image_size": size, "context_length": 77, "num_workers": num_workers, "logger": logger}
+    dataset = open_dataset(train_set, config, sampler, **options)
+    return TrainLoader(dataset, sampler, torch.device("cpu"), num_workers, logger)
 
 
 @pytest.fixture
@@ -82,13 +111,13 @@ def caption_files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def run_script(script: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a user would, with `cwd` as the working directory."""
+    """Run a script of the repository as a user does, in the folder `cwd`."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=SCRIPT_ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 class Output(NamedTuple):
-    """What a script printed, and its exit status."""
+    """The output and exit status of a script."""
 
     returncode: int
     stdout: str
@@ -97,7 +126,7 @@ class Output(NamedTuple):
 
 @pytest.fixture
 def run_here(monkeypatch, capfd) -> Callable[..., Output]:
-    """Run a script of the repository in this process, which takes a tenth of the time: run_here(script, *flags)."""
+    """Run a script of the repository in this process, in a tenth of the time: run_here(script, *flags, cwd=...)."""
 
     def run(script: str, *flags: object, cwd: Path) -> Output:
         monkeypatch.chdir(cwd)
@@ -113,10 +142,9 @@ def run_here(monkeypatch, capfd) -> Callable[..., Output]:
     return run
 
 
-def tiny_training_flags(img_dir: Path, annotation_file: Path, output_dir: Path) -> list[object]:
-    """Return `train.py` flags that train the tiny model for two epochs of three steps."""
-    return [
-        "--train_img_dir", img_dir, "--train_annotation_file", annotation_file, "--output_dir", output_dir,
-        "--model", "RN-small", *TINY_FLAGS, "--epochs", 2, "--batch_size", 8,
-        "--set", "trainer.num_workers=0", "--set", "trainer.logging_steps=2",
-    ]  # fmt: skip
+@pytest.fixture
+def recorder(monkeypatch):
+    """Watch the training runs of this process: a `tests.runs.Recorder`."""
+    from tests.runs import Recorder  # its imports take seconds
+
+    return Recorder(monkeypatch)

@@ -1,4 +1,4 @@
-"""open_clip's models through the same door as ours."""
+"""Models of open_clip, loaded like ours."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch) -> Path:
-    """A file of random weights of a small architecture, which open_clip knows as `small-test`."""
+    """Return a file with random weights of `small-test`, an architecture that open_clip knows."""
     (tmp_path / "small-test.json").write_text(json.dumps(SMALL))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
@@ -33,7 +33,7 @@ def weights(tmp_path: Path, monkeypatch) -> Path:
 
 
 @torch.no_grad()
-def test_it_gives_open_clips_own_features(weights):
+def test_the_features_are_open_clips_own(weights):
     clip = load_clip(f"open_clip:small-test/{weights}")
     model, _, preprocess = open_clip.create_model_and_transforms("small-test", str(weights))
     tokenizer = open_clip.get_tokenizer("small-test")
@@ -59,8 +59,8 @@ def test_images_are_resized_by_the_models_own_rule(weights, monkeypatch, rule):
     torch.testing.assert_close(clip.encode_image(image), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_tag_brings_the_activation_that_it_was_trained_with(weights, monkeypatch):
-    """In open_clip, RN50 is a GELU model and OpenAI's weights for it are QuickGELU's."""
+def test_a_tag_selects_the_activation_of_its_training(weights, monkeypatch):
+    """In open_clip, RN50 is a model with GELU, while OpenAI's weights for it need QuickGELU."""
     asked = {}
 
     def create_model(name: str, tag: str, **options):
@@ -71,12 +71,12 @@ def test_a_tag_brings_the_activation_that_it_was_trained_with(weights, monkeypat
     for name in ("RN50/openai", "ViT-B-32/laion2b_s34b_b79k"):
         with pytest.raises(UserError) as error:
             load_clip(f"open_clip:{name}")
-        assert "cannot be fetched (no network); download https://huggingface.co/" in str(error.value)
+        assert "cannot be downloaded (no network); download https://huggingface.co/" in str(error.value)
     assert asked["RN50", "openai"] == {"force_quick_gelu": True}
     assert asked["ViT-B-32", "laion2b_s34b_b79k"] == {"force_quick_gelu": False}
 
 
-def test_without_a_network_it_says_what_to_download_and_where_to_put_it(monkeypatch):
+def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it(monkeypatch):
     def no_network(*args, **options):
         raise FileNotFoundError("no network")
 
@@ -91,7 +91,7 @@ def test_without_a_network_it_says_what_to_download_and_where_to_put_it(monkeypa
     assert "\n" not in str(error.value)
 
 
-def test_what_does_not_exist_is_named(weights, tmp_path: Path):
+def test_unknown_models_and_tags_are_named(weights, tmp_path: Path):
     (tmp_path / "text.pt").write_text("hello")
     for name, message in (
         ("RN5/openai", "has no model 'RN5'; did you mean RN50"),

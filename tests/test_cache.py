@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +9,16 @@ from PIL import Image
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
-from tests.conftest import make_captions, make_order
+from dataloader.sources import GPUPixels
+from tests.conftest import make_captions, make_sampler, open_loader
 from utils.errors import UserError
 from utils.images import load_image, normalize, to_tensor
 
 
-def make_loader(files, folder, cache, *, num_workers=0, told=None, size=32, **changes) -> TrainLoader:
-    changes = {"cache": cache, "cache_dir": str(folder), "max_unreadable_share": 0.1, **changes}
-    caption_set, told = read_captions(*files), [] if told is None else told
-    return TrainLoader(
-        caption_set, load_data_config(list(changes.items())), make_order(caption_set.num_images, 8), image_size=size,
-        context_length=77, num_workers=num_workers,
-        device=torch.device("cpu"), tell=told.append, warn=told.append,
-    )  # fmt: skip
+def make_loader(files, folder, cache, **options) -> TrainLoader:
+    caption_set = read_captions(*files)
+    options = {"cache": cache, "cache_dir": str(folder), "max_unreadable_share": 0.1, **options}
+    return open_loader(caption_set, make_sampler(caption_set.num_images, 8), **options)
 
 
 def test_the_pixel_cache_equals_the_references_preprocessing_on_photographs(data_dir, tmp_path: Path):
@@ -28,8 +26,8 @@ def test_the_pixel_cache_equals_the_references_preprocessing_on_photographs(data
     for split in ("train2017", "val2017"):
         files = (coco / split, coco / "annotations" / f"captions_{split}.json")
         loader = make_loader(files, tmp_path / split, "pixels", size=224)
-        cache, images = loader.loader.dataset.source, read_captions(*files).images
-        stored = cache.read(np.arange(len(images)))
+        cache, images = loader.dataset.source, read_captions(*files).images
+        stored = cache.read_squares(np.arange(len(images)))
         for pixels, image in zip(stored, images, strict=True):
             assert torch.equal(pixels, to_tensor(load_image(image.path, 224)))
 
@@ -64,12 +62,12 @@ def test_random_crops_of_a_cache_change_with_the_epoch_only(tmp_path: Path, cach
 @pytest.mark.parametrize("cache", ["jpeg", "pixels"])
 def test_a_stale_cache_is_refused(tmp_path: Path, cache):
     files = make_captions(tmp_path)
-    told = []
-    make_loader(files, tmp_path / "cache", cache, told=told)
-    make_loader(files, tmp_path / "cache", cache, told=told)
-    assert len([line for line in told if "building the cache" in line]) == 1
+    messages = []
+    make_loader(files, tmp_path / "cache", cache, messages=messages)
+    make_loader(files, tmp_path / "cache", cache, messages=messages)
+    assert len([line for line in messages if "building the cache" in line]) == 1
     Image.effect_noise((48, 40), 90).save(files[0] / "000000000004.png")
-    with pytest.raises(UserError, match="packed from other images"):
+    with pytest.raises(UserError, match="a pack of other images"):
         make_loader(files, tmp_path / "cache", cache)
 
 
@@ -77,9 +75,9 @@ def test_a_stale_cache_is_refused(tmp_path: Path, cache):
 def test_an_image_that_the_cache_could_not_read_is_replaced_with_its_captions(tmp_path: Path, cache):
     files = make_captions(tmp_path)
     (files[0] / "000000000023.png").write_bytes(b"damaged")
-    told = []
-    loader = make_loader(files, tmp_path / "cache", cache, told=told)
-    assert len([line for line in told if "000000000023.png" in line]) == 1
+    messages = []
+    loader = make_loader(files, tmp_path / "cache", cache, messages=messages)
+    assert len([line for line in messages if "000000000023.png" in line]) == 1
     images = read_captions(*files).images
     mean, std = (load_data_config().image_mean, load_data_config().image_std)
     seen = 0
@@ -97,7 +95,7 @@ def test_too_many_unreadable_images_are_refused(tmp_path: Path):
     files = make_captions(tmp_path)
     for number in range(5):
         (files[0] / f"{number:012}.png").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="5 of the 24 images could not be read"):
+    with pytest.raises(UserError, match="5 of the 24 images were unreadable"):
         make_loader(files, tmp_path / "cache", "pixels")
 
 
@@ -110,10 +108,18 @@ def test_a_gpu_cache_without_a_gpu_is_one_sentence(tmp_path: Path):
 def test_a_cache_that_the_device_holds_gives_the_same_batches(tmp_path: Path, augmentation):
     files = make_captions(tmp_path)
     held, read = (make_loader(files, tmp_path / "cache", "pixels", augmentation=augmentation) for _ in range(2))
-    dataset = held.loader.dataset  # what TrainLoader does where there is a GPU with room
-    held.resident, dataset.source = dataset.source.copy_to(torch.device("cpu")), None
-    held.leaves_squares = True
+    dataset = held.dataset  # as `CaptionDataset.on` makes it for a GPU with enough memory
+    dataset.source, dataset.crop_on_device = GPUPixels(dataset.source, torch.device("cpu")), True
     for batch, expected in zip(held, read, strict=True):
         assert torch.equal(batch.indices, expected.indices) and torch.equal(batch.tokens, expected.tokens)
         torch.testing.assert_close(batch.images, expected.images, atol=0.03, rtol=0)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert pickle.loads(pickle.dumps(dataset)).source.gpu_pixels is None
+
+
+def test_shards_are_not_cached_again(tmp_path: Path):
+    files = make_captions(tmp_path)
+    make_loader(files, tmp_path / "cache", "jpeg")
+    shards = read_captions(tmp_path / "cache" / "shards_37")
+    with pytest.raises(UserError, match="shards_37 contains shards"):
+        open_loader(shards, make_sampler(24, 8), cache="pixels", cache_dir=str(tmp_path / "other"))

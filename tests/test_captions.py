@@ -1,9 +1,11 @@
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from dataloader.captions import read_captions
+from dataloader.captions import READERS, open_captions, read_captions
+from dataloader.config import FORMATS, add_caption_flags, caption_spec, load_data_config
 from utils.errors import UserError
 
 IMAGE = {"id": 1, "file_name": "a.jpg"}
@@ -67,12 +69,24 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, content, message
     assert message in str(error.value)
 
 
-def test_missing_paths_come_with_the_download_steps(tmp_path: Path):
+def test_a_missing_path_is_named_with_its_flag(tmp_path: Path):
     img_dir, annotation_file = write(tmp_path, {"images": [IMAGE], "annotations": [CAPTION]})
-    for paths in ((tmp_path / "nowhere", annotation_file), (img_dir, tmp_path / "nowhere.json")):
-        with pytest.raises(UserError, match="does not exist") as error:
+    with pytest.raises(UserError, match="--img_dir .*nowhere does not exist"):
+        read_captions(tmp_path / "nowhere", annotation_file)
+    with pytest.raises(UserError, match=r"--annotation_file .*nowhere.json cannot be read"):
+        read_captions(img_dir, tmp_path / "nowhere.json")
+
+
+def test_cocos_default_paths_come_with_the_download_steps(tmp_path: Path, monkeypatch):
+    img_dir, _ = write(tmp_path, {})
+    monkeypatch.chdir(tmp_path)
+    for paths in (("data/mscoco/train2017", "a.json"), (img_dir, "data/mscoco/annotations/captions_train2017.json")):
+        with pytest.raises(UserError) as error:
             read_captions(*paths)
         assert "wget http://images.cocodataset.org" in str(error.value) and "--sample" in str(error.value)
+    with pytest.raises(UserError) as error:
+        read_captions("data/my_photos", "a.json")
+    assert "wget" not in str(error.value)
 
 
 def test_real_annotations_are_read(data_dir):
@@ -105,7 +119,7 @@ def test_csv_rows_of_one_image_are_put_together(tmp_path: Path, suffix, delimite
     assert captions == [("a cat", "a black cat"), ('a dog, "Rex"',), ("by its whole path",)]
 
 
-def test_bad_csv_rows_are_left_out_and_told(tmp_path: Path):
+def test_bad_csv_rows_are_left_out_and_counted(tmp_path: Path):
     img_dir = make_files(tmp_path, "a.jpg", "b.jpg")
     lines = [b"\xef\xbb\xbfimage,caption", b"a.jpg,caf\xc3\xa9", b"a.jpg", b",no image", b"b.jpg,  ", b"b.jpg,caf\xe9"]
     (tmp_path / "c.csv").write_bytes(b"\r\n".join([*lines, b"b.jpg,nul\x00", b"gone.jpg,a dog"]))
@@ -119,7 +133,7 @@ def test_bad_csv_rows_are_left_out_and_told(tmp_path: Path):
 def test_a_csv_without_the_columns_names_those_it_has(tmp_path: Path):
     img_dir = make_files(tmp_path, "a.jpg")
     (tmp_path / "c.csv").write_text("image,caption\na.jpg,a cat\n")
-    with pytest.raises(UserError, match=r"no column 'filepath' \(its columns: image, caption\)"):
+    with pytest.raises(UserError, match=r"no column 'filepath' \(its columns: image, caption\).* --csv_image_column"):
         read_captions(img_dir, tmp_path / "c.csv")
 
 
@@ -145,14 +159,71 @@ def test_a_folder_of_images_and_texts_is_read(tmp_path: Path):
     (img_dir / "sub" / "b.txt").write_bytes(b"caf\xe9")
     caption_set = read_captions(img_dir)
     assert found(caption_set) == {"a.jpg": ("a cat", "a black cat"), "b.PNG": ("café",)}
-    assert sorted(caption_set.missing) == ["empty.txt", "no_text.txt"]
-    assert found(read_captions(img_dir, tmp_path / "nowhere.json")) == found(caption_set)  # the config's default
+    assert caption_set.missing == []
+    assert [entry.split()[0] for entry in caption_set.unusable] == ["empty.jpg", "no_text.jpg"]
+    assert found(read_captions(img_dir, tmp_path / "nowhere.json")) == found(
+        caption_set
+    )  # the default of data_config.yaml
     with pytest.raises(UserError, match="neither shards"):
         read_captions(make_files(tmp_path / "other", "a.jpg"))
-    with pytest.raises(UserError, match="no image with its captions"):
+    with pytest.raises(UserError, match="images: holds no captions .* a.jpg without captions in a.txt"):
         read_captions(tmp_path / "other" / "images", format="folder")
 
 
 def test_two_images_of_one_id_and_file_keep_their_captions(tmp_path: Path):
     content = {"images": [IMAGE, IMAGE], "annotations": [{**CAPTION, "id": 5}, {**CAPTION, "id": 5}]}
     assert [image.captions for image in read_captions(*write(tmp_path, content)).images] == [("a cat", "a cat")]
+
+
+def test_every_format_has_a_reader():
+    assert ("auto", *READERS, "shards") == FORMATS
+
+
+def write_tables(folder: Path) -> tuple[Path, Path]:
+    """Write a captions table with another suffix and other columns than the defaults."""
+    img_dir = make_files(folder, "a.jpg", "b.jpg")
+    (folder / "captions.txt").write_text("image,caption\na.jpg,a cat\nb.jpg,a dog\n")
+    return img_dir, folder / "captions.txt"
+
+
+TABLE = {"csv_image_column": "image", "csv_caption_column": "caption"}
+
+
+def test_training_and_validation_read_with_the_same_keys(tmp_path: Path):
+    img_dir, table = write_tables(tmp_path)
+    paths = {f"{split}_{name}": str(path) for split in ("train", "val")
+             for name, path in (("img_dir", img_dir), ("annotation_file", table))}  # fmt: skip
+    config = load_data_config({**paths, **TABLE, "format": "csv"})
+    for split in ("train", "val"):
+        assert found(open_captions(config.captions(split))) == {"a.jpg": ("a cat",), "b.jpg": ("a dog",)}
+    for split, key in (("train", "format"), ("val", "val_format")):
+        config = load_data_config({**paths, **TABLE, "format": "csv", key: "coco"})
+        with pytest.raises(UserError, match="captions.txt: is not valid JSON.* --set dataloader.format"):
+            open_captions(config.captions(split))
+
+
+@pytest.mark.parametrize(
+    ("format", "val_format", "expected"),
+    [("auto", None, "auto"), ("csv", None, "csv"), ("csv", "coco", "coco"), ("shards", None, "auto"),
+     ("folder", None, "auto"), ("stream", None, "auto"), ("stream", "karpathy", "karpathy")],
+)  # fmt: skip
+def test_the_format_of_the_validation_set(format, val_format, expected):
+    config = load_data_config({"val_img_dir": "images", "format": format, "val_format": val_format})
+    assert config.captions("val").format == expected and config.captions("val").split == "val"
+    assert load_data_config().captions("val") is None
+
+
+def test_the_flags_of_other_commands_override_data_config(tmp_path: Path):
+    img_dir, table = write_tables(tmp_path)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data_dir")
+    parser.add_argument("--annotation_file")
+    add_caption_flags(parser)
+    paths = ["--data_dir", str(img_dir), "--annotation_file", str(table)]
+    flags = [*paths, "--format", "csv", "--csv_image_column", "image", "--csv_caption_column", "caption"]
+    spec = caption_spec(parser.parse_args(flags), "--data_dir", "test")
+    assert found(open_captions(spec)) == {"a.jpg": ("a cat",), "b.jpg": ("a dog",)} and spec.split == "test"
+    spec = caption_spec(parser.parse_args(paths), "--data_dir", "test")
+    assert spec[2:5] == ("auto", "filepath", "title")
+    with pytest.raises(UserError, match="--data_dir gone does not exist"):
+        open_captions(spec._replace(img_dir="gone"))

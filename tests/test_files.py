@@ -1,16 +1,14 @@
-"""Files that are there whole or not at all."""
-
 from pathlib import Path
 
 import pytest
 
-from utils.files import delete_unfinished, open_whole, write_whole
+from utils.files import atomic_open, delete_unfinished, write_atomic
 
 
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
-    write_whole(file, b"old")
-    with open_whole(file) as out:
+    write_atomic(file, b"old")
+    with atomic_open(file) as out:
         out.write(b"new")
         out.flush()
         assert file.read_bytes() == b"old"
@@ -18,16 +16,16 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_what_goes_wrong_leaves_the_file_as_it_was(tmp_path: Path, error):
+def test_an_error_leaves_the_file_unchanged(tmp_path: Path, error):
     file = tmp_path / "rows.jsonl"
-    write_whole(file, b"old")
-    with pytest.raises(error), open_whole(file) as out:
+    write_atomic(file, b"old")
+    with pytest.raises(error), atomic_open(file) as out:
         out.write(b"half of it")
         raise error
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
 
 
-def test_what_a_killed_process_left_is_deleted(tmp_path: Path):
+def test_the_unfinished_files_of_killed_processes_are_deleted(tmp_path: Path):
     for name in ("rows.jsonl", "rows.jsonl.part-17"):
         (tmp_path / name).touch()
     delete_unfinished(tmp_path)

@@ -1,5 +1,6 @@
-"""Files that lie: each is read, passed over or refused with a sentence; none runs code, hangs or writes elsewhere."""
+"""Malformed and malicious files: each is read, skipped or refused; none runs code, hangs or writes elsewhere."""
 
+import dataclasses
 import io
 import json
 import os
@@ -16,14 +17,15 @@ import torch
 from PIL import Image
 
 from dataloader.captions import read_captions
-from dataloader.shards import Shards
-from model import CLIP, CLIPConfig
-from tests.conftest import TINY, make_captions, tiny_training_flags
-from trainer.checkpoint import FORMAT_VERSION
-from utils.config import parse_override, read_yaml, to_plain
+from dataloader.storage.shards import Shards
+from model import CLIP
+from tests.conftest import TINY, make_captions
+from tests.runs import tiny_flags
+from trainer.run.checkpoint import FORMAT_VERSION
+from utils.config import parse_override, read_yaml
 from utils.errors import UserError
 from utils.images import UnreadableImageError, load_image, read_pixels, resize_short_side
-from utils.text import printable
+from utils.text import one_line
 from utils.tokenizer import get_tokenizer
 
 
@@ -37,11 +39,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def contents(*folders: Path) -> set[Path]:
+def paths_in(*folders: Path) -> set[Path]:
     return {path for folder in folders for path in folder.rglob("*")}
 
 
-def saved(image: Image.Image, format: str, **options) -> bytes:
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -52,47 +54,47 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (60, 50)) -> Image.Image:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be so large."""
-    data = bytearray(saved(noise(), "PNG"))
+    """Return a PNG of a few bytes whose header claims these sides."""
+    data = bytearray(encoded(noise(), "PNG"))
     data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
     return bytes(data)
 
 
-JPEG = saved(noise(), "JPEG")
-FINE, REFUSED = "fine", "cannot be read as an image"
-IMAGES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
+JPEG = encoded(noise(), "JPEG")
+READ, REFUSED = True, False
+IMAGES: dict[str, tuple[bytes | Callable[[Path], None], bool]] = {
     "truncated.jpg": (JPEG[: len(JPEG) // 2], REFUSED),
-    "truncated.png": (saved(noise(), "PNG")[:900], REFUSED),
+    "truncated.png": (encoded(noise(), "PNG")[:900], REFUSED),
     "empty.jpg": (b"", REFUSED),
     "text.jpg": (b"<html>not found</html>", REFUSED),
     "nul.jpg": (b"\0" * 5_000, REFUSED),
     "header.jpg": (JPEG[:4], REFUSED),
-    "png_called.jpg": (saved(noise(), "PNG"), FINE),
-    "jpeg_called.png": (JPEG, FINE),
-    "animated.gif": (saved(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)] * 3), FINE),
-    "animated.webp": (saved(noise(), "WEBP", save_all=True, append_images=[noise().rotate(90)] * 3), FINE),
-    "animated.png": (saved(noise(), "PNG", save_all=True, append_images=[noise().rotate(90)] * 3), FINE),
-    "one_pixel.png": (saved(noise(size=(1, 1)), "PNG"), FINE),
-    "long.png": (saved(noise(size=(20_000, 3)), "PNG"), FINE),
-    "tall.jpg": (saved(noise(size=(3, 20_000)), "JPEG"), FINE),
-    "sixteen_bits.png": (saved(Image.fromarray(np.arange(3_000, dtype=np.uint16).reshape(50, 60) * 21), "PNG"), FINE),
-    "floats.tiff": (saved(Image.fromarray(np.random.default_rng(0).random((50, 60), np.float32)), "TIFF"), FINE),
-    "cmyk.jpg": (saved(noise("CMYK"), "JPEG"), FINE),
-    "palette_with_alpha.png": (saved(noise("RGBA").quantize(16), "PNG", transparency=3), FINE),
-    "grey_with_alpha.png": (saved(noise("RGBA").convert("LA"), "PNG"), FINE),
-    "one_bit.png": (saved(noise().convert("1"), "PNG"), FINE),
-    "exif_garbage.jpg": (saved(noise(), "JPEG", exif=b"Exif\0\0" + b"\xff" * 40), FINE),
-    "rotated.jpg": (saved(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
-                    FINE),
+    "png_named.jpg": (encoded(noise(), "PNG"), READ),
+    "jpeg_named.png": (JPEG, READ),
+    "animated.gif": (encoded(noise(), "GIF", save_all=True, append_images=[noise().rotate(90)] * 3), READ),
+    "animated.webp": (encoded(noise(), "WEBP", save_all=True, append_images=[noise().rotate(90)] * 3), READ),
+    "animated.png": (encoded(noise(), "PNG", save_all=True, append_images=[noise().rotate(90)] * 3), READ),
+    "one_pixel.png": (encoded(noise(size=(1, 1)), "PNG"), READ),
+    "long.png": (encoded(noise(size=(20_000, 3)), "PNG"), READ),
+    "tall.jpg": (encoded(noise(size=(3, 20_000)), "JPEG"), READ),
+    "sixteen_bits.png": (encoded(Image.fromarray(np.arange(3_000, dtype=np.uint16).reshape(50, 60) * 21), "PNG"), READ),
+    "floats.tiff": (encoded(Image.fromarray(np.random.default_rng(0).random((50, 60), np.float32)), "TIFF"), READ),
+    "cmyk.jpg": (encoded(noise("CMYK"), "JPEG"), READ),
+    "palette_with_alpha.png": (encoded(noise("RGBA").quantize(16), "PNG", transparency=3), READ),
+    "gray_with_alpha.png": (encoded(noise("RGBA").convert("LA"), "PNG"), READ),
+    "one_bit.png": (encoded(noise().convert("1"), "PNG"), READ),
+    "exif_garbage.jpg": (encoded(noise(), "JPEG", exif=b"Exif\0\0" + b"\xff" * 40), READ),
+    "rotated.jpg": (encoded(noise(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
+                    READ),
     "bomb.png": (bomb(60_000, 60_000), REFUSED),
     "smaller_bomb.png": (bomb(10_000, 10_000), REFUSED),
     "symlink_loop.jpg": (lambda path: path.symlink_to(path.name), REFUSED),
     "directory.jpg": (lambda path: path.mkdir(), REFUSED),
     "dangling.jpg": (lambda path: path.symlink_to("nowhere"), REFUSED),
-    "größe_图片_🐢.jpg": (JPEG, FINE),
-    os.fsdecode(b"caf\xe9.jpg"): (JPEG, FINE),
-    "new\nline $x$ %s {} \x1b[31m.jpg": (JPEG, FINE),
+    "größe_图片_🐢.jpg": (JPEG, READ),
+    os.fsdecode(b"caf\xe9.jpg"): (JPEG, READ),
+    "new\nline $x$ %s {} \x1b[31m.jpg": (JPEG, READ),
 }  # fmt: skip
 
 
@@ -105,23 +107,23 @@ def make(path: Path, content: bytes | Callable[[Path], None]) -> Path:
 
 
 @pytest.mark.parametrize("name", IMAGES, ids=ascii)
-def test_an_image_is_classified_or_refused_with_a_sentence(folder: Path, tmp_path: Path, run_here, name):
-    content, expected = IMAGES[name]
+def test_an_image_is_classified_or_refused(folder: Path, tmp_path: Path, run_here, name):
+    content, is_read = IMAGES[name]
     path = make(tmp_path / name, content)
-    before = contents(folder, tmp_path)
+    before = paths_in(folder, tmp_path)
     output = run_here("zero_shot_demo.py", "--checkpoint_path", folder / "good.pt", "--img_path", path, cwd=tmp_path)
-    if expected == FINE:
+    if is_read:
         assert output.returncode == 0 and output.stdout.count("%") >= 5
     else:
-        assert output.returncode == 1 and expected in output.stderr and "Traceback" not in output.stderr
-    assert contents(folder, tmp_path) == before
+        assert output.returncode == 1 and name in output.stderr and output.stderr.count("\n") <= 1
+    assert paths_in(folder, tmp_path) == before
 
 
 @pytest.mark.parametrize("name", IMAGES, ids=ascii)
-def test_the_training_path_agrees(tmp_path: Path, name):
-    content, expected = IMAGES[name]
+def test_training_reads_the_same_images(tmp_path: Path, name):
+    content, is_read = IMAGES[name]
     path = make(tmp_path / name, content)
-    if expected == FINE:
+    if is_read:
         pixels = read_pixels(path, 32)
         assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3
         assert max(resize_short_side(pixels, 32).shape) <= 8 * 32 and load_image(path, 32).size == (32, 32)
@@ -130,7 +132,7 @@ def test_the_training_path_agrees(tmp_path: Path, name):
             read_pixels(path, 32)
 
 
-def test_the_middle_of_a_long_image_is_what_is_seen():
+def test_a_long_image_is_cropped_to_its_middle():
     pixels = np.zeros((4, 400, 3), np.uint8)
     pixels[:, 198:202] = 255
     image = load_image(Image.fromarray(pixels), 8)
@@ -138,7 +140,7 @@ def test_the_middle_of_a_long_image_is_what_is_seen():
     assert np.abs(np.asarray(image).astype(int) - np.asarray(whole)).max() <= 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read anything")
 def test_an_image_without_permission_is_refused(tmp_path: Path):
     path = make(tmp_path / "locked.jpg", JPEG)
     path.chmod(0)
@@ -146,8 +148,9 @@ def test_an_image_without_permission_is_refused(tmp_path: Path):
         read_pixels(path, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_passes_over_every_image_that_lies(tmp_path: Path, run_here, num_workers):
+def test_training_replaces_every_unreadable_image(tmp_path: Path, run_here, num_workers):
     img_dir, annotation_file = make_captions(tmp_path, num_images=40)
     annotations = json.loads(annotation_file.read_text())
     for number, (name, (content, _)) in enumerate(IMAGES.items()):
@@ -155,13 +158,13 @@ def test_training_passes_over_every_image_that_lies(tmp_path: Path, run_here, nu
         annotations["images"].append({"id": 100 + number, "file_name": name})
         annotations["annotations"].append({"image_id": 100 + number, "caption": "a thing"})
     annotation_file.write_text(json.dumps(annotations))
-    flags = tiny_training_flags(img_dir, annotation_file, tmp_path / "out")
-    flags += ["--epochs", 1, "--set", "dataloader.max_unreadable_share=0.3", "--set", "trainer.logging_steps=1"]
-    output = run_here("train.py", *flags, "--set", f"trainer.num_workers={num_workers}", cwd=tmp_path)
+    settings = {"dataloader.max_unreadable_share": 0.3, "trainer.logging_steps": 1, "trainer.num_workers": num_workers}
+    flags = tiny_flags((img_dir, annotation_file), tmp_path / "out", epochs=1, **settings)
+    output = run_here("train.py", *flags, cwd=tmp_path)
     assert output.returncode == 0, output.stderr
-    for name, (content, expected) in IMAGES.items():
-        is_there = not callable(content) or (img_dir / name).is_dir() or (img_dir / name).is_symlink()
-        assert not is_there or output.stdout.count(f"/{printable(name)}: ") == (expected == REFUSED), name
+    for name, (content, is_read) in IMAGES.items():
+        is_present = not callable(content) or (img_dir / name).is_dir() or (img_dir / name).is_symlink()
+        assert not is_present or output.stdout.count(f"/{one_line(name)}: ") == (not is_read), name
 
 
 GOOD = {"images": [{"id": 1, "file_name": "000000000000.png"}], "annotations": [{"image_id": 1, "caption": "a thing"}]}
@@ -172,42 +175,43 @@ def changed(section: str, **values) -> dict:
 
 
 ANNOTATIONS = {
-    "truncated": (json.dumps(GOOD)[:60], "is not valid JSON"),
-    "empty": ("", "is not valid JSON"),
-    "not UTF-8": (b"\xff\xfe{}", "is not valid JSON"),
-    "deep": ("[" * 100_000, "is not valid JSON"),
-    "a list": ("[1, 2]", "has no list 'images'"),
-    "a number": ("3", "has no list 'images'"),
-    "null": ("null", "has no list 'images'"),
-    "images of another type": ({**GOOD, "images": {"1": {}}}, "has no list 'images'"),
-    "no annotations": ({"images": GOOD["images"]}, "has no list 'annotations'"),
+    "truncated": (json.dumps(GOOD)[:60], "JSON"),
+    "empty": ("", "JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "JSON"),
+    "deep": ("[" * 100_000, "JSON"),
+    "a list": ("[1, 2]", "'images'"),
+    "a number": ("3", "'images'"),
+    "null": ("null", "'images'"),
+    "images of another type": ({**GOOD, "images": {"1": {}}}, "'images'"),
+    "no annotations": ({"images": GOOD["images"]}, "'annotations'"),
     "a missing key": ({**GOOD, "annotations": [{"image_id": 1}]}, "entry 0 of 'annotations' has no usable 'caption'"),
-    "null caption": (changed("annotations", caption=None), "no usable 'caption'"),
-    "a list for a caption": (changed("annotations", caption=["a"]), "no usable 'caption'"),
-    "a list for an id": (changed("images", id=[1]), "no usable 'id'"),
-    "a number for a name": (changed("images", file_name=7), "no usable 'file_name'"),
-    "entries that are none": ({**GOOD, "images": [None]}, "entry 0 of 'images' has no usable 'id'"),
-    "ids as text in one place": (changed("images", id="1"), "fit its images (e.g. the caption of image_id 1"),
-    "orphan captions": (changed("annotations", image_id=9), "fit its images (e.g. the caption of image_id 9"),
-    "only blanks": (changed("annotations", caption=" \t\n"), "holds no captions"),
-    "a name that is no path": (changed("images", file_name="a/\0b"), "none of the 1 images"),
+    "null caption": (changed("annotations", caption=None), "'caption'"),
+    "a list for a caption": (changed("annotations", caption=["a"]), "'caption'"),
+    "a list for an id": (changed("images", id=[1]), "'id'"),
+    "a number for a name": (changed("images", file_name=7), "'file_name'"),
+    "null entries": ({**GOOD, "images": [None]}, "entry 0 of 'images' has no usable 'id'"),
+    "ids of two types": (changed("images", id="1"), "image_id 1"),
+    "captions without an image": (changed("annotations", image_id=9), "image_id 9"),
+    "blank captions": (changed("annotations", caption=" \t\n"), "no captions"),
+    "a name with a NUL": (changed("images", file_name="a/\0b"), "none of the 1 images"),
     "an endless name": (changed("images", file_name="a/" + 5_000 * "x"), "none of the 1 images"),
     "Karpathy's without sentences": ({"images": [{"sentences": 3, "split": "train", "filename": "a"}]}, "Karpathy"),
     "Karpathy's with a number": (
-        {"images": [{"sentences": [{"raw": 3}], "split": "train", "filename": "a"}]}, "no text"),
+        {"images": [{"sentences": [{"raw": 3}], "split": "train", "filename": "a"}]}, "Karpathy"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ANNOTATIONS)
-def test_annotations_that_lie_are_refused_with_a_sentence(folder: Path, tmp_path: Path, run_here, name):
+def test_malformed_annotations_are_refused(folder: Path, tmp_path: Path, run_here, name):
     content, message = ANNOTATIONS[name]
     text = content if isinstance(content, (str, bytes)) else json.dumps(content)
     (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    before = contents(folder, tmp_path)
+    before = paths_in(folder, tmp_path)
     flags = ["--train_img_dir", folder / "images", "--train_annotation_file", "a.json", "--output_dir", "out"]
     output = run_here("train.py", *flags, "--model", "RN-small", cwd=tmp_path)
-    assert output.returncode == 1 and message in output.stderr and len(output.stderr) < 1_500
-    assert contents(folder, tmp_path) == before
+    assert output.returncode == 1 and "a.json" in output.stderr and len(output.stderr) < 1_500
+    assert message in output.stderr, output.stderr
+    assert paths_in(folder, tmp_path) == before
 
 
 def test_strange_captions_are_used(folder: Path, tmp_path: Path):
@@ -223,7 +227,7 @@ def test_strange_captions_are_used(folder: Path, tmp_path: Path):
         assert tokens.shape[1] <= 77 and tokens.max() == 49_407 and caption.encode()
 
 
-def test_a_table_that_lies_is_used_as_far_as_it_goes(folder: Path, tmp_path: Path):
+def test_a_malformed_table_is_read_as_far_as_possible(folder: Path, tmp_path: Path):
     (tmp_path / "a.csv").write_bytes(
         b"filepath,title\n000000000000.png,\xff caf\xe9\n000000000001.png\n../../etc/passwd,x\n"
         b"\x00000000000002.png,b,c,d\n,\n"
@@ -240,7 +244,7 @@ def test_a_table_that_lies_is_used_as_far_as_it_goes(folder: Path, tmp_path: Pat
         with pytest.raises(UserError, match=message):
             read_captions(folder / "images", tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b'filepath,title\n000000000000.png,"' + b"x" * 200_000 + b'"\n')
-    with pytest.raises(UserError, match="is not CSV .field larger"):
+    with pytest.raises(UserError, match="a.csv line"):
         read_captions(folder / "images", tmp_path / "a.csv")
 
 
@@ -252,9 +256,9 @@ def member(name: str, content: bytes = b"", **changes) -> tuple[tarfile.TarInfo,
     return info, content
 
 
-FAIR = [member("good.jpg", JPEG), member("good.txt", b"a thing")]
+GOOD_SAMPLE = [member("good.jpg", JPEG), member("good.txt", b"a thing")]
 SHARDS = {
-    "names that climb": [member("../../evil.jpg", JPEG), member("../../evil.txt", b"an evil thing")],
+    "names above the folder": [member("../../evil.jpg", JPEG), member("../../evil.txt", b"an evil thing")],
     "absolute names": [member("/tmp/evil.jpg", JPEG), member("/tmp/evil.txt", b"an evil thing")],
     "symbolic links": [member("evil.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"), member("evil.txt", b"x")],
     "hard links": [member("evil.jpg", type=tarfile.LNKTYPE, linkname="good.jpg"), member("evil.txt", b"x")],
@@ -267,11 +271,11 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_a_shard_that_lies_gives_its_honest_part_and_writes_nowhere(tmp_path: Path, name):
+def test_a_malicious_shard_gives_its_good_samples_and_writes_nowhere(tmp_path: Path, name):
     shards = tmp_path / "shards"
     shards.mkdir()
     with tarfile.open(shards / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        for info, content in [*FAIR, *SHARDS[name]]:
+        for info, content in [*GOOD_SAMPLE, *SHARDS[name]]:
             tar.fileobj.write(info.tobuf(tarfile.PAX_FORMAT))
             tar.fileobj.write(content + b"\0" * (-len(content) % 512))
             tar.offset = tar.fileobj.tell()
@@ -279,20 +283,20 @@ def test_a_shard_that_lies_gives_its_honest_part_and_writes_nowhere(tmp_path: Pa
     assert found.images[0].captions == ("a thing",) and found.num_images <= 2
     for number in range(found.num_images):
         assert read_pixels(found.shards[number], 32).shape == (3, 50, 60)
-    assert contents(tmp_path) == {shards, shards / "0.tar", shards / "index.npz"}
+    assert paths_in(tmp_path) == {shards, shards / "0.tar", shards / "index.npz"}
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + b"\0" * 18, b"\x80\x04evil", pickle.dumps({"files": 1})])
-def test_an_index_that_lies_is_made_anew(tmp_path: Path, content):
+def test_a_malformed_index_is_rebuilt(tmp_path: Path, content):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for info, data in FAIR:
+        for info, data in GOOD_SAMPLE:
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "index.npz").write_bytes(content)
-    assert len(Shards(tmp_path)) == 1
+    assert len(Shards.open(tmp_path)) == 1
 
 
 class Evil:
-    """Unpickled, it would write a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -301,72 +305,74 @@ class Evil:
         return Path.touch, (self.marker,)
 
 
-def checkpoint_with(config: CLIPConfig = TINY, **changes) -> dict:
-    """Return a checkpoint of ours with some of it replaced."""
-    model = {"model_state_dict": dict(CLIP(config).state_dict()), "format_version": FORMAT_VERSION}
-    configs = {"model": to_plain(config), "dataloader": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
-    place = {"epoch": 0, "sample": 8, "global_step": 1, "validated_step": 0, "best": 0.0}
+TINY_PLAIN = dataclasses.asdict(TINY)
+
+
+def checkpoint_with(**changes: object) -> dict:
+    """Return a checkpoint of ours with some entries replaced."""
+    model = {"model_state_dict": dict(CLIP(TINY).state_dict()), "format_version": FORMAT_VERSION}
+    configs = {"model": TINY_PLAIN, "dataloader": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
+    progress = {"epoch": 0, "samples_seen": 8, "global_step": 1, "validated_step": 0, "best": 0.0}
     rest = {"optimizer_state_dict": {}, "scaler_state_dict": {}, "rank_states": [], "configs": configs}
-    return {**model, **place, **rest, **changes}
+    return {**model, **progress, **rest, **changes}
 
 
-def weights_with(**changes) -> dict:
+def weights_with(**changes: object) -> dict:
     content = checkpoint_with()
     return {**content, "model_state_dict": {**content["model_state_dict"], **changes}}
 
 
-def config_with(**changes) -> dict:
+def config_with(**changes: object) -> dict:
     content = checkpoint_with()
     return {**content, "configs": {**content["configs"], **changes}}
 
 
 CHECKPOINTS = {
-    "code": (lambda marker: {"model_state_dict": Evil(marker)}, "holds code, which is not run"),
-    "code beside weights": (lambda marker: checkpoint_with(extra=Evil(marker)), "holds code, which is not run"),
-    "a whole model": (lambda _: torch.nn.Linear(2, 2), "holds code, which is not run"),
-    "a list": (lambda _: [1, 2], "holds a list"),
-    "a tensor": (lambda _: torch.zeros(3), "holds a Tensor"),
-    "nothing": (lambda _: {}, "holds no model weights"),
-    "NaN weights": (lambda _: weights_with(ln_final_weight=0, **{"ln_final.weight": torch.full((64,), torch.nan)}),
+    "code": (lambda marker: {"model_state_dict": Evil(marker)}, "code"),
+    "code beside weights": (lambda marker: checkpoint_with(extra=Evil(marker)), "code"),
+    "a whole model": (lambda _: torch.nn.Linear(2, 2), "code"),
+    "a list": (lambda _: [1, 2], "list"),
+    "a tensor": (lambda _: torch.zeros(3), "Tensor"),
+    "nothing": (lambda _: {}, "weights"),
+    "NaN weights": (lambda _: weights_with(**{"ln_final.weight": torch.full((64,), torch.nan)}),
                     "not finite (first: ln_final.weight)"),
-    "whole numbers": (lambda _: weights_with(**{"ln_final.weight": torch.ones(64, dtype=torch.int64)}),
-                      "ln_final.weight is torch.int64"),
-    "complex numbers": (lambda _: weights_with(**{"ln_final.weight": torch.ones(64, dtype=torch.complex64)}),
+    "integer weights": (lambda _: weights_with(**{"ln_final.weight": torch.ones(64, dtype=torch.int64)}),
+                        "ln_final.weight is torch.int64"),
+    "complex weights": (lambda _: weights_with(**{"ln_final.weight": torch.ones(64, dtype=torch.complex64)}),
                         "ln_final.weight is torch.complex64"),
-    "a sparse weight": (lambda _: weights_with(text_projection=torch.eye(64)[:, :32].to_sparse()),
-                        "text_projection is no plain array"),
+    "a sparse weight": (lambda _: weights_with(text_projection=torch.eye(64)[:, :32].to_sparse()), "text_projection"),
     "a weight of a terabyte": (
         lambda _: weights_with(**{"token_embedding.weight": torch.zeros(1).expand(1 << 28, 1 << 10)}),
-        "smaller than it claims"),
+        "token_embedding.weight"),
     "a weight larger than its file": (
         lambda _: weights_with(**{"token_embedding.weight": torch.zeros(1).expand(49_408, 64)}),
-        "smaller than it claims"),
+        "token_embedding.weight"),
     "a missing weight": (lambda _: weights_with(**{"ln_final.bias": "x"}), "1 missing (first: ln_final.bias)"),
-    "an enormous model": (lambda _: config_with(model={**to_plain(TINY), "transformer_width": 1 << 40}),
-                          "is not that of its weights"),
-    "no config": (lambda _: config_with(model=None), "its configuration is damaged"),
-    "configs that are none": (lambda _: checkpoint_with(configs=[1]), "its configuration is damaged"),
-    "a config of another type": (lambda _: config_with(model={**to_plain(TINY), "embed_dim": "big"}),
-                                 "embed_dim should be integer"),
-    "no mean": (lambda _: config_with(dataloader={}), "its configuration is damaged"),
+    "an enormous model": (lambda _: config_with(model={**TINY_PLAIN, "transformer_width": 1 << 40}), "configuration"),
+    "more layers than weights": (lambda _: config_with(model={**TINY_PLAIN, "transformer_layers": 1 << 40}),
+                                 "configuration"),
+    "no config": (lambda _: config_with(model=None), "configuration"),
+    "a list of configs": (lambda _: checkpoint_with(configs=[1]), "configuration"),
+    "a config of another type": (lambda _: config_with(model={**TINY_PLAIN, "embed_dim": "big"}), "embed_dim"),
+    "no mean": (lambda _: config_with(dataloader={}), "configuration"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_lies_is_refused_before_anything_runs(folder: Path, tmp_path: Path, run_here, name):
+def test_a_malicious_checkpoint_is_refused_before_any_code_runs(folder: Path, tmp_path: Path, run_here, name):
     content, message = CHECKPOINTS[name]
     (tmp_path / "run").mkdir()
     marker = tmp_path / "code_was_run"
     torch.save(content(marker), tmp_path / "run" / "evil.pt")
     make(tmp_path / "a.jpg", JPEG)
-    before = contents(folder, tmp_path)
+    before = paths_in(folder, tmp_path)
     output = run_here("zero_shot_demo.py", "--checkpoint_path", "run", "--img_path", "a.jpg", cwd=tmp_path)
-    assert output.returncode == 1 and message in output.stderr, output.stderr
-    assert contents(folder, tmp_path) == before
+    assert output.returncode == 1 and "evil.pt" in output.stderr and message in output.stderr, output.stderr
+    assert paths_in(folder, tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["bare pickle", "archive of another library", "truncated archive", "empty archive"])
-def test_a_file_that_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path, run_here, kind):
+def test_other_files_are_refused_as_checkpoints(folder: Path, tmp_path: Path, run_here, kind):
     file, marker = tmp_path / "evil.pt", tmp_path / "code_was_run"
     if kind == "bare pickle":
         file.write_bytes(pickle.dumps({"model_state_dict": Evil(marker)}))
@@ -377,60 +383,55 @@ def test_a_file_that_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path, r
             if kind != "empty archive":
                 archive.writestr("data.pkl", pickle.dumps(Evil(marker)))
     make(tmp_path / "a.jpg", JPEG)
-    before = contents(tmp_path)
+    before = paths_in(tmp_path)
     output = run_here("zero_shot_demo.py", "--checkpoint_path", file, "--img_path", "a.jpg", cwd=tmp_path)
-    assert output.returncode == 1 and "is not a checkpoint" in output.stderr and contents(tmp_path) == before
+    assert output.returncode == 1 and "evil.pt" in output.stderr and paths_in(tmp_path) == before
 
 
 RESUMED = {
-    "no optimizer": (lambda: checkpoint_with(optimizer_state_dict=3), "has no usable optimizer_state_dict"),
-    "an empty optimizer": (checkpoint_with, "cannot be resumed, it is damaged"),
-    "another format": (lambda: checkpoint_with(format_version=99), "is of format 99"),
-    "an epoch as text": (lambda: checkpoint_with(epoch="0"), "has no usable epoch"),
+    "no optimizer": (lambda: checkpoint_with(optimizer_state_dict=3), "evil.pt"),
+    "an empty optimizer": (checkpoint_with, "the checkpoint is damaged"),
+    "a later format": (lambda: checkpoint_with(format_version=99), "evil.pt"),
+    "an earlier format": (lambda: checkpoint_with(format_version=2), "format 2"),
+    "an epoch as text": (lambda: checkpoint_with(epoch="0"), "epoch"),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_that_lies_is_not_resumed(folder: Path, tmp_path: Path, run_here, name):
+def test_a_malformed_checkpoint_is_not_resumed(folder: Path, tmp_path: Path, run_here, name):
     content, message = RESUMED[name]
     torch.save(content(), tmp_path / "evil.pt")
-    flags = [*tiny_training_flags(folder / "images", folder / "captions.json", tmp_path / "out"), "--resume", "evil.pt"]
-    flags += ["--set", "model.vision_layers=[1, 1, 1, 1]", "--set", "model.transformer_layers=1"]
-    output = run_here("train.py", *flags, cwd=tmp_path)
+    settings = {"model.vision_layers": [1, 1, 1, 1], "model.transformer_layers": 1}
+    flags = tiny_flags((folder / "images", folder / "captions.json"), tmp_path / "out", **settings)
+    output = run_here("train.py", *flags, "--resume", "evil.pt", cwd=tmp_path)
     assert output.returncode == 1 and message in output.stderr, output.stderr
     assert not list((tmp_path / "out" / "saved_checkpoints").iterdir())
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
 YAML = {
-    "a tag": ("a: !!python/object/apply:os.system ['touch evil']", "is not valid YAML"),
-    "an alias bomb": (BOMB, "an alias (*name) is not allowed, found on line 2"),
-    "an alias of itself": ("a: &a [*a]", "an alias (*name) is not allowed"),
-    "a key twice": ("a: 1\nb: 2\na: 3", "key 'a' is written twice, the second time on line 3"),
-    "depth": ("a: " + "[" * 50_000, "is not valid YAML"),
-    "a date that is none": ("a: 2001-99-99", "is not valid YAML"),
-    "an endless number": ("a: " + "9" * 10_000, "is not valid YAML"),
-    "a list as key": ("? [a]\n: 1", "is not valid YAML"),
-    "control characters": ("a: \x07", "is not valid YAML"),
-    "text alone": ("just words", "should hold 'key: value' lines"),
-    "nothing": ("", "should hold 'key: value' lines"),
+    "a tag": "a: !!python/object/apply:os.system ['touch evil']",
+    "a key twice": "a: 1\nb: 2\na: 3",
+    "depth": "a: " + "[" * 1_500,
+    "an impossible date": "a: 2001-99-99",
+    "an endless number": "a: " + "9" * 10_000,
+    "a list as key": "? [a]\n: 1",
+    "control characters": "a: \x07",
+    "text alone": "just words",
+    "nothing": "",
 }
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_yaml_that_lies_is_refused(tmp_path: Path, monkeypatch, name):
-    text, message = YAML[name]
+def test_malformed_yaml_is_refused(tmp_path: Path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError) as refused:
+    (tmp_path / "a.yaml").write_text(YAML[name])
+    with pytest.raises(UserError, match="a.yaml") as refused:
         read_yaml(tmp_path / "a.yaml")
-    assert message in str(refused.value) and len(str(refused.value)) < 1_000
+    assert len(str(refused.value)) < 1_000
     assert [file.name for file in tmp_path.iterdir()] == ["a.yaml"]
 
 
-@pytest.mark.parametrize("value", ["&a [*a]", "!!python/name:os.system", "2001-99-99", "9" * 10_000, "[" * 50_000])
-def test_a_value_on_the_command_line_that_lies_is_refused(value):
-    with pytest.raises(UserError, match="is not valid YAML"):
+@pytest.mark.parametrize("value", ["!!python/name:os.system", "2001-99-99", "9" * 10_000, "[" * 1_500])
+def test_a_malformed_value_on_the_command_line_is_refused(value):
+    with pytest.raises(UserError, match="--set trainer.seed"):
         parse_override(f"trainer.seed={value}")

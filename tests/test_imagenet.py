@@ -1,4 +1,4 @@
-"""The ImageNet family: which class a folder is, and among which classes it is told apart."""
+"""The ImageNet family: the class of each folder, and the candidate classes of each data set."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def make_set(root: Path, folders: list[str]) -> Path:
     return root
 
 
-def test_names_and_ids_are_open_clips_and_timms():
+def test_names_and_ids_equal_those_of_open_clip_and_timm():
     names = imagenet.classnames()
     assert list(names) == ImageNetInfo().label_names()
     assert list(names.values()) == list(open_clip.IMAGENET_CLASSNAMES)
@@ -35,7 +35,7 @@ def test_names_and_ids_are_open_clips_and_timms():
 
 @pytest.mark.parametrize(
     ("subset", "members", "others"),
-    [  # of the subsets' published lists: goldfish is in R alone, American robin in A alone, tench in neither
+    [  # by the published lists, goldfish is only in R, American robin only in A, tench in neither
         ("A", {"n01498041", "n01558993", "n12267677"}, {"n01443537", "n01440764"}),
         ("R", {"n01443537", "n01484850"}, {"n01558993", "n01440764"}),
     ],
@@ -67,7 +67,7 @@ def test_folders_named_by_wordnet_id(tmp_path: Path, folder, title, num_classes)
 
 
 def test_folders_named_by_index_are_numbers_not_strings(tmp_path: Path):
-    """Sorted as strings, V2's folders are 0, 1, 10, 100, 101, ...: folder 10 would become class 2."""
+    """V2's folders, sorted as strings, are 0, 1, 10, 100, ...: by position, folder 10 would become class 2."""
     names = ["0", "1", "10", "100", "2", "999"]
     dataset = load_imagenet(make_set(tmp_path / "imagenetv2-matched-frequency-format-val", names))
     assert dataset.title == "ImageNetV2"
@@ -77,7 +77,7 @@ def test_folders_named_by_index_are_numbers_not_strings(tmp_path: Path):
 
 
 def test_classes_that_share_a_name_stay_apart(tmp_path: Path):
-    """WordNet calls two classes crane and two maillot; open_clip calls two missile and two sunglasses."""
+    """In WordNet two classes are named crane and two maillot; in open_clip two missile and two sunglasses."""
     names = imagenet.classnames()
     shared = [class_id for class_id, name in names.items() if name in ("missile", "sunglasses")]
     assert len(shared) == 4
@@ -91,12 +91,12 @@ def test_classes_that_share_a_name_stay_apart(tmp_path: Path):
     [
         ("imagenet-a", ["n01498041", "n01443537"], "n01443537 is no class of ImageNet-A"),
         ("val", ["n01440764", "n99999999"], "n99999999 is no class of ImageNet val"),
-        ("val", ["tench"], "the folder's name says which set it is: imagenet-a, imagenet-r, imagenet-sketch"),
+        ("val", ["tench"], "imagenet-a, imagenet-r, imagenet-sketch"),
         ("val", ["1000"], "1000 is no class"),
-        ("val", [], "holds no folder"),
+        ("val", [], "contains no folder"),
     ],
 )
-def test_folders_that_are_no_class_are_refused(tmp_path: Path, folder, names, message):
+def test_folders_of_unknown_classes_are_refused(tmp_path: Path, folder, names, message):
     (tmp_path / folder).mkdir()
     with pytest.raises(UserError, match=message):
         load_imagenet(make_set(tmp_path / folder, names))

@@ -11,9 +11,11 @@ from torchvision.transforms import functional as TF
 
 from utils.images import (
     ORIENTATION_TAG,
+    ORIENTATIONS,
     UnreadableImageError,
     load_image,
     normalize,
+    plain_jpeg_size,
     read_pixels,
     resize_and_crop,
     to_tensor,
@@ -98,14 +100,14 @@ def _palette_with_transparency() -> Image.Image:
         (Image.new("RGB", (40, 40), RED), "gif", RED),
     ],
 )
-def test_any_mode_becomes_rgb_and_what_is_transparent_white(tmp_path: Path, image, suffix, expected):
+def test_any_mode_becomes_rgb_on_white(tmp_path: Path, image, suffix, expected):
     image.save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     loaded = load_image(tmp_path / f"a.{suffix}", 32)
     assert loaded.mode == "RGB" and loaded.size == (32, 32)
     assert loaded.getpixel((16, 16)) == expected
 
 
-def test_a_transparent_palette_becomes_white_where_it_is_transparent(tmp_path: Path):
+def test_a_transparent_palette_is_drawn_on_white(tmp_path: Path):
     _palette_with_transparency().save(tmp_path / "a.png")
     loaded = load_image(tmp_path / "a.png", 40)
     assert loaded.getpixel((5, 20)) == WHITE and loaded.getpixel((35, 20)) == RED
@@ -115,14 +117,83 @@ def test_a_transparent_palette_becomes_white_where_it_is_transparent(tmp_path: P
 @pytest.mark.parametrize("size", [10, 40])
 def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, orientation, size):
     image = noise(160, 120)
-    exif = Image.Exif()
-    exif[ORIENTATION_TAG] = orientation
-    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    tags = Image.Exif()
+    tags[ORIENTATION_TAG] = orientation
+    image.save(tmp_path / "a.jpg", exif=tags, quality=95)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
     right, wrong = (to_tensor(load_image(picture, size)).float() for picture in (upright, upright.rotate(180)))
     fast = resize_and_crop(read_pixels(tmp_path / "a.jpg", size), size)
     for loaded in (to_tensor(load_image(tmp_path / "a.jpg", size)), fast):
         assert (loaded - right).abs().mean() < 6 < (loaded - wrong).abs().mean()
+
+
+def jpeg_with(segments: bytes, image: Image.Image) -> bytes:
+    """Return a JPEG with additional segments after its start marker."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()[:2] + segments + buffer.getvalue()[2:]
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[ORIENTATION_TAG] = orientation
+    return segment(0xE1, tags.tobytes())
+
+
+def xmp(orientation: int) -> bytes:
+    text = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'
+    return segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + text.encode())
+
+
+PROFILE = segment(0xE2, b"ICC_PROFILE\0\x01\x01" + bytes(8_000))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("tag", [exif, xmp], ids=["exif", "xmp"])
+@pytest.mark.parametrize("size", [10, 40])
+def test_an_orientation_behind_an_icc_profile_is_found(tmp_path: Path, orientation, tag, size):
+    image = noise(160, 120)
+    (tmp_path / "a.jpg").write_bytes(jpeg_with(PROFILE + tag(orientation), image))
+    (tmp_path / "plain.jpg").write_bytes(jpeg_with(b"", image))
+    turn = ORIENTATIONS.get(orientation)
+    upright = Image.open(tmp_path / "plain.jpg")
+    upright = upright if turn is None else upright.transpose(turn)
+    right = to_tensor(load_image(upright, size)).int()
+    wrong = to_tensor(load_image(upright.rotate(180), size)).int()
+    pixels = read_pixels(tmp_path / "a.jpg", size)
+    if size == 40:
+        assert pixels.shape[1:] == (upright.height, upright.width)
+    for loaded in (to_tensor(load_image(tmp_path / "a.jpg", size)), resize_and_crop(pixels, size)):
+        assert (loaded.int() - right).abs().max() <= (1 if size == 40 else 30)  # 10: decoded at a quarter of the size
+        assert (loaded.int() - wrong).abs().float().mean() > 6
+
+
+def test_an_orientation_after_the_pixels_is_ignored(tmp_path: Path):
+    """It belongs to a second picture in the file."""
+    plain = jpeg_with(b"", noise(80, 60))
+    (tmp_path / "a.jpg").write_bytes(plain + exif(6))
+    assert torch.equal(read_pixels(tmp_path / "a.jpg", 40), read_pixels(io.BytesIO(plain), 40))
+    assert load_image(tmp_path / "a.jpg", 40) == load_image(io.BytesIO(plain), 40)
+
+
+def test_pillow_reads_files_with_unusual_segments(tmp_path: Path):
+    image = noise(80, 60)
+    (tmp_path / "a.jpg").write_bytes(jpeg_with(b"\xff\xff" + exif(6)[1:], image))  # a fill byte before the marker
+    assert read_pixels(tmp_path / "a.jpg", 40).shape == (3, 80, 60)
+    with pytest.raises(ValueError):
+        plain_jpeg_size((tmp_path / "a.jpg").read_bytes())
+
+
+def test_only_upright_ycbcr_jpegs_are_plain():
+    image = noise(80, 60)
+    assert plain_jpeg_size(jpeg_with(b"", image)) == (60, 80) == plain_jpeg_size(jpeg_with(PROFILE + exif(1), image))
+    for data in (jpeg_with(PROFILE + exif(3), image), jpeg_with(b"", image.convert("L")), b"text"):
+        with pytest.raises(ValueError):
+            plain_jpeg_size(data)
 
 
 DAMAGED = ["truncated.jpg", "empty.jpg", "text.jpg", "header_only.png", "folder.jpg", "absent.jpg"]

@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -8,81 +9,111 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataloader import pack as pack_command
 from dataloader.captions import read_captions
-from dataloader.pack import PIXELS_FILE, make_spec, pack, shrink_jpeg
-from tests.conftest import ROOT, SCRIPT_ENVIRONMENT, make_captions
+from dataloader.storage.packing import PIXELS_FILE, make_spec, pack, read_manifest, shrink_jpeg
+from tests.conftest import ROOT, SCRIPT_ENVIRONMENT, make_captions, message_logger
 from utils.errors import UserError
 
 
-def pack_command(files: tuple[Path, Path], output: Path, *flags: object) -> list[str]:
-    flags = ("--img_dir", files[0], "--annotation_file", files[1], "--output", output, *flags)
-    return [sys.executable, "-m", "dataloader.pack", *map(str, flags)]
-
-
-def run_pack(files, output, *flags) -> subprocess.CompletedProcess:
-    command = pack_command(files, output, *flags)
-    return subprocess.run(command, cwd=ROOT, env=SCRIPT_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def pack_flags(files: tuple[Path, Path], output: Path, *flags: object) -> list[str]:
+    flags = ("--img_dir", files[0], "--annotation_file", files[1], "--output", output, "--num_workers", 0, *flags)
+    return list(map(str, flags))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
+def finished_chunks(folder: Path) -> int:
+    return len(list(folder.glob("*_unreadable.json")))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["shards", "pixels"])
-def test_a_pack_killed_ten_times_equals_an_uninterrupted_one(tmp_path: Path, form):
-    files = make_captions(tmp_path, num_images=120, size=(400, 300))
+def test_a_pack_killed_three_times_equals_an_uninterrupted_one(tmp_path: Path, form):
+    files = make_captions(tmp_path, num_images=90, size=(400, 300))
     (files[0] / "000000000007.png").write_bytes(b"damaged")
-    flags = ("--form", form, "--size", 128, "--images_per_shard", 6, "--num_workers", 2)
-    assert run_pack(files, tmp_path / "whole", *flags).returncode == 0
+    flags = ("--form", form, "--size", 128, "--images_per_shard", 6)
+    pack_command.main(pack_flags(files, tmp_path / "whole", *flags))
     rng = np.random.default_rng(0)
-    finished = []
-    for _ in range(10):
+    for number in range(3):
+        command = [sys.executable, "-m", "dataloader.pack", *pack_flags(files, tmp_path / "killed", *flags)]
         process = subprocess.Popen(
-            pack_command(files, tmp_path / "killed", *flags), cwd=ROOT, env=SCRIPT_ENVIRONMENT,
+            [*command, "--num_workers", "2"], cwd=ROOT, env=SCRIPT_ENVIRONMENT,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        before = len(list((tmp_path / "killed").glob("*_stats.json")))
+        before = finished_chunks(tmp_path / "killed")
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # into the work, not into the imports
-            if len(list((tmp_path / "killed").glob("*_stats.json"))) > before:
+        while process.poll() is None and time.monotonic() < deadline:  # until it has finished a chunk
+            if finished_chunks(tmp_path / "killed") > before:
                 break
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        finished.append(len(list((tmp_path / "killed").glob("*_stats.json"))))
-    assert finished[0] < 20  # killed in the midst of it
-    output = run_pack(files, tmp_path / "killed", *flags)
-    assert output.returncode == 0
+        if number == 0:
+            assert 0 < finished_chunks(tmp_path / "killed") < 15
+    time.sleep(0.1)  # workers of the last process may finish their chunk
+    pack_command.main(pack_flags(files, tmp_path / "killed", *flags))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    if finished[-1] < 20:
-        assert "left out" in output.stdout and "000000000007.png" in output.stdout
+    assert json.loads((tmp_path / "killed" / "pack.json").read_bytes())["unreadable"] == [7]
 
 
-def test_a_pack_is_not_made_twice_nor_over_another(tmp_path: Path):
+def test_the_command_reports_its_result_and_unreadable_images(tmp_path: Path, capsys):
     files = make_captions(tmp_path)
-    assert run_pack(files, tmp_path / "out", "--size", 32).returncode == 0
+    (files[0] / "000000000007.png").write_bytes(b"damaged")
+    pack_command.main(pack_flags(files, tmp_path / "out", "--size", 32))
+    output = capsys.readouterr().out
+    assert "left out" in output and "000000000007.png" in output
+    assert "packed 23 images with a short side of 32 pixels" in output
     before = contents(tmp_path / "out")
-    assert "is packed already" in run_pack(files, tmp_path / "out", "--size", 32).stdout
-    output = run_pack(files, tmp_path / "out", "--size", 40)
-    assert output.returncode == 1 and "another folder" in output.stderr and "Traceback" not in output.stderr
+    pack_command.main(pack_flags(files, tmp_path / "out", "--size", 32))
+    assert "is packed already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another folder"):
+        pack_command.main(pack_flags(files, tmp_path / "out", "--size", 40))
     assert contents(tmp_path / "out") == before
 
 
-def test_part_of_another_pack_is_refused(tmp_path: Path):
+def test_a_table_with_other_columns_is_packed(tmp_path: Path):
+    img_dir, _ = make_captions(tmp_path, num_images=2)
+    table = tmp_path / "captions.txt"
+    table.write_text("image,caption\n000000000000.png,a cat\n000000000001.png,a dog\n")
+    flags = ["--format", "csv", "--csv_image_column", "image", "--csv_caption_column", "caption"]
+    pack_command.main(pack_flags((img_dir, table), tmp_path / "out", *flags))
+    assert [image.captions for image in read_captions(tmp_path / "out").images] == [("a cat",), ("a dog",)]
+    with pytest.raises(UserError, match="contains shards"):
+        pack_command.main(["--img_dir", str(tmp_path / "out"), "--output", str(tmp_path / "again")])
+
+
+def test_the_pixels_are_those_of_the_images(tmp_path: Path):
     caption_set = read_captions(*make_captions(tmp_path))
-    pack(caption_set, tmp_path / "out", make_spec(caption_set, "shards", 32), num_workers=0, tell=print)
-    (tmp_path / "out" / "pack.json").unlink()
-    with pytest.raises(UserError, match="part of another pack"):
-        pack(caption_set, tmp_path / "out", make_spec(caption_set, "shards", 40), num_workers=0, tell=print)
+    spec = make_spec(caption_set, "pixels", 16, images_per_chunk=10)
+    assert pack(caption_set, tmp_path / "out", spec, num_workers=2, logger=message_logger([])) == []
+    pixels = np.load(tmp_path / "out" / PIXELS_FILE)
+    assert pixels.shape == (24, 16, 16, 3)
+    for row, image in zip(pixels, caption_set.images, strict=True):
+        assert (row == np.asarray(Image.open(image.path))[0, 0]).all()
+
+
+def test_part_of_another_pack_is_refused(tmp_path: Path):
+    caption_set, output = read_captions(*make_captions(tmp_path)), tmp_path / "out"
+    spec, logger = make_spec(caption_set, "shards", 32), message_logger([])
+    pack(caption_set, output, spec, num_workers=0, logger=logger)
+    (output / "pack.json").write_text(json.dumps(spec._asdict()))  # as while packing
+    assert read_manifest(output, spec) is None
+    for manifest in ("", None):
+        with pytest.raises(UserError, match="a pack of other images"):
+            pack(caption_set, output, spec._replace(size=40), num_workers=0, logger=logger)
+        (output / "pack.json").unlink() if manifest is None else (output / "pack.json").write_text(manifest)
 
 
 def test_no_readable_image_is_one_sentence(tmp_path: Path):
     files = make_captions(tmp_path)
     for file in files[0].iterdir():
         file.write_bytes(b"damaged")
-    output = run_pack(files, tmp_path / "out")
-    assert output.returncode == 1 and "no image of 24 can be read" in output.stderr
+    with pytest.raises(UserError, match="no image of 24 can be read"):
+        pack_command.main(pack_flags(files, tmp_path / "out"))
 
 
 def test_a_jpeg_of_the_right_size_keeps_its_bytes(tmp_path: Path):
@@ -91,14 +122,26 @@ def test_a_jpeg_of_the_right_size_keeps_its_bytes(tmp_path: Path):
     assert shrink_jpeg(str(tmp_path / "a.jpg"), 40) == (tmp_path / "a.jpg").read_bytes()
     assert shrink_jpeg(str(tmp_path / "a.jpg"), 32) != (tmp_path / "a.jpg").read_bytes()
     image.convert("L").save(tmp_path / "grey.jpg")
-    (tmp_path / "grey.jpg").rename(tmp_path / "b.jpg")
-    (tmp_path / "c.jpg").write_bytes(shrink_jpeg(str(tmp_path / "b.jpg"), 40))
+    (tmp_path / "c.jpg").write_bytes(shrink_jpeg(str(tmp_path / "grey.jpg"), 40))
     assert Image.open(tmp_path / "c.jpg").mode == "RGB"
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path):
+@pytest.mark.parametrize("form", ["shards", "pixels"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, form):
     caption_set = read_captions(*make_captions(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        pack(caption_set, tmp_path / "file", make_spec(caption_set, "pixels", 32), num_workers=0, tell=print)
-    assert not (tmp_path / PIXELS_FILE).exists()
+    with pytest.raises(UserError, match="file cannot be written"):
+        pack(caption_set, tmp_path / "file", make_spec(caption_set, form, 32), num_workers=0, logger=message_logger([]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_while_writing_is_one_sentence_and_the_pack_continues(tmp_path: Path, num_workers):
+    caption_set, output = read_captions(*make_captions(tmp_path)), tmp_path / "out"
+    spec, logger = make_spec(caption_set, "shards", 32, images_per_chunk=10), message_logger([])
+    (output / "000001.tar").mkdir(parents=True)  # nothing can be written there
+    (output / "pack.json").write_text(json.dumps(spec._asdict()))
+    with pytest.raises(UserError, match="out cannot be written .* to continue"):
+        pack(caption_set, output, spec, num_workers=num_workers, logger=logger)
+    (output / "000001.tar").rmdir()
+    pack(caption_set, output, spec, num_workers=num_workers, logger=logger)
+    assert read_captions(output).num_images == 24

@@ -20,7 +20,7 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.new("RGB", (64, 64), (3 * index, 90, 200)) for index in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 12, 50])
+@pytest.mark.parametrize("count", [1, 2, 3, 12, pytest.param(50, marks=pytest.mark.slow)])
 def test_predictions_fit_a_page_for_any_number_of_images(tmp_path: Path, count):
     path = plot_predictions(pictures(count), [RANKING] * count, tmp_path / "new" / "demo.png")
     width, height = Image.open(path).size

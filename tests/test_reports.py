@@ -1,4 +1,4 @@
-"""zero_shot_eval.py and zero_shot_demo.py: what they write, for any data and any names."""
+"""The output of zero_shot_eval.py and zero_shot_demo.py, for any data and any names."""
 
 import json
 import subprocess
@@ -13,12 +13,13 @@ from PIL import Image
 import zero_shot_demo
 import zero_shot_eval
 from dataloader.captions import read_captions
-from model import CLIP, load_clip
-from tests.conftest import TINY, make_captions
+from model import CLIP, TrainedCLIP, load_clip
+from tests.conftest import ROOT, TINY, make_captions
 from tests.test_imagenet import make_set
-from trainer.evaluation import encode_captions
 from utils import imagenet
+from utils.device import choose_device
 from utils.errors import UserError
+from utils.reports import write_retrieval
 from utils.retrieval import retrieval_metrics
 
 HOSTILE = [
@@ -35,7 +36,7 @@ HOSTILE = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch) -> Path:
-    """The working directory, with two checkpoints."""
+    """Return the working directory, with two checkpoints."""
     monkeypatch.chdir(tmp_path)
     for seed, run in enumerate(("first", "second")):
         torch.manual_seed(seed)
@@ -52,7 +53,8 @@ def result(name: str) -> dict:
     return json.loads(Path("zero_shot_eval_output", f"{name}.json").read_text(encoding="utf-8"))
 
 
-def test_imagenet_a_is_told_apart_among_its_own_classes(folder: Path, capsys):
+@pytest.mark.slow
+def test_imagenet_a_has_its_own_classes_as_candidates(folder: Path, capsys):
     ids = imagenet.subset_ids("A")
     data_dir = make_set(folder / "imagenet-a", [ids[0], ids[7], ids[199]])
     evaluate("--dataset_type", "imagenet", "--data_dir", data_dir, "--templates", "simple")
@@ -74,11 +76,11 @@ def test_imagenets_default_are_the_80_templates_and_others_have_one(folder: Path
     class StopError(Exception):
         pass
 
-    def build_classifier(model, classnames, templates, cache_dir):
+    def build_classifier(self, classnames, templates):
         asked.append((len(classnames), len(templates)))
         raise StopError
 
-    monkeypatch.setattr(zero_shot_eval, "build_classifier", build_classifier)
+    monkeypatch.setattr(TrainedCLIP, "build_classifier", build_classifier)
     make_set(folder / "val", ["n01440764"])
     for kind in ("imagenet", "folder"):
         names = ["--class_names", "fish"] if kind == "folder" else []
@@ -87,13 +89,14 @@ def test_imagenets_default_are_the_80_templates_and_others_have_one(folder: Path
     assert asked == [(1000, 80), (1, 1)]
 
 
-def test_retrieval_writes_what_is_measured(folder: Path, capsys):
+def test_retrieval_writes_the_metrics_of_the_python_api(folder: Path, capsys):
     img_dir, annotation_file = make_captions(folder / "data")
     (img_dir / "000000000003.png").write_bytes(b"x")
     evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", annotation_file)
     content = result("captions")
     caption_set = read_captions(img_dir, annotation_file)
-    features, _, _ = encode_captions(load_clip("first"), caption_set, batch_size=7, num_workers=0)
+    captions = [image.captions for image in caption_set.images]
+    features, _ = load_clip("first").encode_captioned(caption_set.files, captions, batch_size=7, num_workers=0)
     recalls = retrieval_metrics(*features)
     assert {key: content[key] for key in recalls} == pytest.approx(recalls)
     assert (content["num_images"], content["num_captions"], content["skipped_images"]) == (23, 46, 1)
@@ -104,7 +107,7 @@ def test_retrieval_writes_what_is_measured(folder: Path, capsys):
     assert Image.open("zero_shot_eval_output/captions.png").size[0] > 500
 
 
-def test_karpathys_test_split_is_what_is_measured(folder: Path):
+def test_retrieval_uses_karpathys_test_split(folder: Path):
     img_dir, _ = make_captions(folder / "data", num_images=6)
     images = [
         {"filename": file.name, "split": split, "sentences": [{"raw": f"picture {number}"}]}
@@ -118,23 +121,20 @@ def test_karpathys_test_split_is_what_is_measured(folder: Path):
 
 
 def test_more_than_a_thousand_images_are_measured_in_folds_too(folder: Path):
-    from trainer.evaluation import CaptionFeatures
-    from trainer.reports import write_retrieval
-
-    dataset = read_captions(*make_captions(folder / "data", num_images=4))
-    dataset = dataset._replace(images=dataset.images * 501)
+    files = sorted(make_captions(folder / "data", num_images=4)[0].iterdir()) * 501
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2004, 8, generator=generator)
     image_of_text = torch.arange(2004).repeat_interleave(2)
-    features = CaptionFeatures(images, images[image_of_text] + torch.randn(4008, 8, generator=generator), image_of_text)
+    texts = images[image_of_text] + torch.randn(4008, 8, generator=generator)
     Path("out").mkdir()
-    write_retrieval(Path("out/many"), features, dataset, range(2004), {})
+    write_retrieval(Path("out/many"), (images, texts, image_of_text), files, [["a", "b"]] * 2004, {})
     content = json.loads(Path("out/many.json").read_text())
     assert content["folds"]["num_folds"] == 2
     assert content["folds"]["text_to_image_R@1"] > content["text_to_image_R@1"]
     assert "mean over 2 folds of 1,000 images" in Path("out/many.txt").read_text()
 
 
+@pytest.mark.slow
 def test_compared_models_share_a_table_and_overwrite_nothing(folder: Path, capsys):
     for name in ("apple", "bus"):
         (folder / "set" / name).mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_compared_models_share_a_table_and_overwrite_nothing(folder: Path, capsy
         (["open_clip:RN50/../x/y z.pt", "runs/v1.0"], ["RN50-y-z", "v1.0"]),
     ],
 )
-def test_models_are_called_by_what_tells_them_apart(checkpoints, labels):
+def test_labels_are_the_parts_of_paths_that_differ(checkpoints, labels):
     assert zero_shot_eval.label_models(checkpoints) == labels
 
 
@@ -185,10 +185,10 @@ def test_flags_without_an_effect_are_refused(flags, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(folder: Path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_is_reported_before_the_work(folder: Path, monkeypatch):
     Path("zero_shot_eval_output").touch()
     make_set(folder / "set", ["apple"])
-    monkeypatch.setattr(zero_shot_eval, "encode_sources", None)
+    monkeypatch.setattr(TrainedCLIP, "encode_readable", None)
     with pytest.raises(UserError, match="zero_shot_eval_output/ cannot be written"):
         evaluate("--dataset_type", "folder", "--data_dir", "set")
 
@@ -197,7 +197,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_hostile_class_names_stay_in_their_place(folder: Path, capsys):
+def test_hostile_class_names_write_no_other_files(folder: Path, capsys):
     work = folder / "work"
     data_dir = make_set(work / "set", [f"class{number}" for number in range(len(HOSTILE))])
     before = files_of(folder)
@@ -214,6 +214,7 @@ def test_hostile_class_names_stay_in_their_place(folder: Path, capsys):
     assert [row["class"] for row in result("set")["classes"]][:2] == ["../../escape", "$x 1$ & <b>"]
 
 
+@pytest.mark.slow
 def test_hostile_captions_and_texts_do_not_break_a_figure(folder: Path, capsys):
     img_dir, _ = make_captions(folder / "data", num_images=len(HOSTILE))
     images = [{"id": number, "file_name": file.name} for number, file in enumerate(sorted(img_dir.iterdir()))]
@@ -256,6 +257,43 @@ def test_the_demo_prints_the_similarities_of_texts_as_json(folder: Path, capsys)
     np.testing.assert_allclose([entry["similarities"] for entry in content["images"]], expected, atol=1e-5)
 
 
-def test_no_script_loads_open_clip_to_start():
-    code = "import sys, zero_shot_eval, zero_shot_demo; sys.exit('open_clip' in sys.modules or 'onnx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+def test_retrieval_reads_any_table_by_the_names_of_its_columns(folder: Path):
+    img_dir, _ = make_captions(folder / "data", num_images=3)
+    rows = [f"{file.name},a picture,{index}" for index, file in enumerate(sorted(img_dir.iterdir()))]
+    Path("table.txt").write_text("\n".join(["image,text,number", *rows]) + "\n")
+    flags = ["--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", "table.txt", "--format", "csv"]
+    evaluate(*flags, "--csv_image_column", "image", "--csv_caption_column", "text")
+    assert (result("table")["num_images"], result("table")["num_captions"]) == (3, 3)
+    with pytest.raises(UserError, match="--csv_caption_column"):
+        evaluate(*flags, "--csv_image_column", "image")
+
+
+def test_the_demo_finds_its_test_images_from_any_folder(folder: Path, capsys):
+    zero_shot_demo.main(["--checkpoint_path", "first"])
+    assert capsys.readouterr().out.count("%") == 5 * len(list((ROOT / "test_images").glob("*.*")))
+
+
+def test_an_unavailable_device_is_refused(folder: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="the device cuda is not available"):
+        zero_shot_demo.main(["--checkpoint_path", "first", "--device", "cuda"])
+    assert choose_device() == torch.device("cpu")
+
+
+LATE = ("open_clip", "onnx", "matplotlib", "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "imported"), [("zero_shot_demo", LATE[:3]), ("zero_shot_eval", LATE[:2])])
+def test_imports_that_take_long_wait_until_they_are_needed(module, imported):
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {imported}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["zero_shot_demo.py", "zero_shot_eval.py"])
+def test_help_does_not_import_pytorch(script):
+    output = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in output.stderr.splitlines()}
+    assert output.returncode == 0 and "argparse" in imported and not imported & set(LATE)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloader import sample
 from dataloader.captions import CaptionSet, read_captions
-from dataloader.drawings import BACKGROUNDS, COLOURS, THINGS
-from dataloader.sample import TEST_SCENES, make_sample, make_test_images
+from dataloader.sample import make_sample, make_test_images, scenes
+from dataloader.sample.drawings import BACKGROUNDS, COLORS, THINGS
+from dataloader.sample.scenes import TEST_SCENES
 from utils.zero_shot import CIFAR100_FILE, read_class_names
 
 
@@ -27,7 +27,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_it_is_a_captioned_dataset_in_cocos_format(drawn):
+def test_the_sample_is_in_cocos_format(drawn):
     for split, count in (("train", 60), ("val", 30)):
         caption_set = read_split(drawn, split)
         assert len(caption_set.images) == count and caption_set.missing == []
@@ -44,26 +44,26 @@ def test_objects_are_twenty_cifar100_classes():
 
 
 def test_no_two_images_of_the_full_dataset_show_the_same_scene(tmp_path: Path):
-    pictures = sample.plan(tmp_path, 2000, 200, 11)
-    scenes = [picture.scene for picture in pictures]
-    assert len({*scenes, *TEST_SCENES}) == 2000 + 200 + 12
+    pictures = scenes.plan(tmp_path, 2000, 200, 11)
+    shown = [picture.scene for picture in pictures]
+    assert len({*shown, *TEST_SCENES}) == 2000 + 200 + 12
     assert [picture.path.parent.name for picture in pictures] == ["train"] * 2000 + ["val"] * 200
-    for attribute, values in (("thing", THINGS), ("colour", COLOURS), ("background", BACKGROUNDS)):
-        counts = [sum(getattr(scene, attribute) == value for scene in scenes[:2000]) for value in values]
+    for attribute, values in (("thing", THINGS), ("color", COLORS), ("background", BACKGROUNDS)):
+        counts = [sum(getattr(scene, attribute) == value for scene in shown[:2000]) for value in values]
         assert min(counts) > 0.7 * 2000 / len(values)
-    assert 0.2 < np.mean([scene.other != "" for scene in scenes]) < 0.4
+    assert 0.2 < np.mean([scene.other != "" for scene in shown]) < 0.4
 
 
-def test_held_out_captions_tell_the_whole_scene(tmp_path: Path):
-    for picture in sample.plan(tmp_path, 0, 50, 11):
-        for caption in sample.captions(picture):
+def test_held_out_captions_describe_the_whole_scene(tmp_path: Path):
+    for picture in scenes.plan(tmp_path, 0, 50, 11):
+        for caption in scenes.captions(picture):
             scene = picture.scene
-            words = [scene.size, scene.thing, scene.colour, scene.position, scene.other, scene.other_colour]
+            words = [scene.size, scene.thing, scene.color, scene.position, scene.other, scene.other_color]
             assert all(word in caption for word in words)
 
 
 def test_the_same_seed_draws_the_same_files_and_another_does_not(drawn, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(sample.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(scenes.os, "cpu_count", lambda: 1)
     make_sample(tmp_path / "same", num_train=60, num_val=30)
     assert files(tmp_path / "same") == files(drawn)
     make_sample(tmp_path / "other", num_train=3, num_val=2, seed=12)
@@ -87,6 +87,6 @@ def test_the_test_images_are_those_in_the_repository(tmp_path: Path):
     committed = Path(__file__).resolve().parents[1] / "test_images"
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == sorted(file.name for file in committed.iterdir()) and len(names) == 12
-    for name in names:  # Pillow's versions may round differently
+    for name in names:  # versions of Pillow may round differently
         drawn, kept = (np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, committed))
         assert np.abs(drawn - kept).mean() < 2

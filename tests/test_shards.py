@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pickle
 import tarfile
 from argparse import Namespace
@@ -14,9 +15,9 @@ from PIL import Image
 from torchvision import transforms
 
 from dataloader.captions import read_captions
-from dataloader.pack import make_spec, pack
-from dataloader.shards import INDEX_FILE, Shards
-from tests.conftest import make_captions
+from dataloader.storage.packing import make_spec, pack
+from dataloader.storage.shards import INDEX_FILE, Shards
+from tests.conftest import make_captions, message_logger
 from utils.errors import UserError
 from utils.images import UnreadableImageError, read_pixels
 from utils.tokenizer import get_tokenizer
@@ -25,7 +26,7 @@ from utils.tokenizer import get_tokenizer
 def make_shards(folder: Path, num_images: int = 24, images_per_shard: int = 10) -> tuple[Path, object]:
     caption_set = read_captions(*make_captions(folder, num_images))
     spec = make_spec(caption_set, "shards", 32, images_per_shard)
-    pack(caption_set, folder / "shards", spec, num_workers=0, tell=print)
+    pack(caption_set, folder / "shards", spec, num_workers=0, logger=message_logger([]))
     return folder / "shards", caption_set
 
 
@@ -58,7 +59,7 @@ def test_shards_hold_every_image_and_all_its_captions(tmp_path: Path):
 
 
 def test_shards_cross_to_a_spawned_worker(tmp_path: Path):
-    shards = Shards(make_shards(tmp_path)[0])
+    shards = Shards.open(make_shards(tmp_path)[0])
     shards[3]
     copy = pickle.loads(pickle.dumps(shards))
     assert copy[3].getvalue() == shards[3].getvalue() and copy.name(3) == shards.name(3)
@@ -133,17 +134,17 @@ def test_a_truncated_shard_is_named_and_its_other_samples_used(tmp_path: Path, k
 
 def test_a_flipped_bit_is_found_and_named(tmp_path: Path):
     folder, _ = make_shards(tmp_path)
-    shards = Shards(folder)
+    shards = Shards.open(folder)
     content = bytearray((folder / "000001.tar").read_bytes())
-    content[int(shards.offset[12]) + 100] ^= 4
+    content[int(shards.index["offset"][12]) + 100] ^= 4
     (folder / "000001.tar").write_bytes(content)
-    shards = Shards(folder)
+    shards = Shards.open(folder)
     with pytest.raises(UnreadableImageError, match=r"000001.tar/000000012 is damaged"):
         shards[12]
     assert all(shards[number] for number in range(24) if number != 12)
 
 
-def test_a_damaged_header_of_another_tools_shard_costs_its_sample_only(tmp_path: Path):
+def test_a_damaged_header_of_another_tools_shard_loses_one_sample(tmp_path: Path):
     members = {}
     for number in range(5):
         members |= {f"{number}.jpg": jpeg((number, 2, 3)), f"{number}.txt": b"a thing"}
@@ -159,5 +160,22 @@ def test_a_damaged_header_of_another_tools_shard_costs_its_sample_only(tmp_path:
 
 
 def test_a_folder_without_shards_is_one_sentence(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no shards"):
+    with pytest.raises(UserError, match="contains no shards"):
         read_captions(tmp_path, format="shards")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_shards_of_a_read_only_folder_are_indexed_in_memory(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": b"one"})
+    tmp_path.chmod(0o500)
+    assert read_captions(tmp_path).images[0].captions == ("one",)
+    tmp_path.chmod(0o700)
+    assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_some_of_the_images_are_taken_in_order(tmp_path: Path):
+    folder, _ = make_shards(tmp_path)
+    whole = read_captions(folder)
+    part = whole.take([20, 3])
+    assert [image.path for image in part.images] == [part.shards.name(number) for number in range(2)]
+    assert [data.getvalue() for data in part.files] == [whole.shards[number].getvalue() for number in (20, 3)]

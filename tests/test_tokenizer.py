@@ -12,6 +12,7 @@ def peer():
     return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
 
 
+@pytest.mark.slow
 def test_all_captions_of_val2017_get_open_clips_ids(data_dir, peer):
     file = data_dir / "coco_mini" / "annotations" / "captions_val2017_all5000.json"
     captions = [annotation["caption"] for annotation in json.loads(file.read_text())["annotations"]]
@@ -20,12 +21,13 @@ def test_all_captions_of_val2017_get_open_clips_ids(data_dir, peer):
 
 
 @given(st.text())
-@example("it's they're I'LL \u017f '\u017f")  # the long s: a case of s, ignoring case
+@example("it's they're I'LL \u017f '\u017f")  # the long s equals s if case is ignored
 @example("a<start_of_text>!<end_of_text> <START_OF_TEXT>")
 @example("&amp;lt;b&gt; &quot;caf\u00e9&quot; caf\u0065\u0301")
 @example("\u0345 x\u0345")
 @example("\u4e2d\u6587 \u0639\u0631\u0628\u064a \U0001f600\u200d\U0001f9b0 \u2167 x\u00b2")
 @example("tab\tnewline\r\n\u00a0\u3000 end")
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 def test_any_text_gets_open_clips_ids(peer, text):
     assert get_tokenizer().encode(text) == peer.encode(text)
@@ -33,7 +35,7 @@ def test_any_text_gets_open_clips_ids(peer, text):
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
 @settings(max_examples=300, deadline=None)
-def test_the_short_cut_for_plain_text_mends_as_much(text):
+def test_plain_text_needs_no_repair(text):
     import html
 
     import ftfy
@@ -41,7 +43,7 @@ def test_the_short_cut_for_plain_text_mends_as_much(text):
     assert clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
-def test_a_batch_is_trimmed_to_its_longest_text_and_a_multiple():
+def test_a_batch_is_as_long_as_its_longest_text_rounded_up_to_a_multiple():
     tokens = get_tokenizer()(["a cat", "a photo of a very small dog"])
     assert tokens.shape == (2, 16)
     assert tokens[0].tolist() == [49406, 320, 2368, 49407] + [0] * 12
@@ -49,7 +51,7 @@ def test_a_batch_is_trimmed_to_its_longest_text_and_a_multiple():
     assert get_tokenizer()([]).shape == (0, 0)
 
 
-def test_long_texts_are_cut_and_keep_the_end_marker(peer):
+def test_long_texts_are_truncated_and_keep_the_end_marker(peer):
     text = "dog " * 100
     tokens = get_tokenizer()([text])
     assert tokens.shape == (1, 77)

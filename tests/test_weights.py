@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -6,16 +7,15 @@ import pytest
 import torch
 
 from model import CLIP, load_clip, load_model_config
-from model.weights import infer_config
+from model.pretrained.weights import infer_config
 from tests.conftest import TINY
-from utils.config import to_plain
 from utils.errors import UserError
 
 PREPROCESSING = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 
 
 def our_checkpoint(model: CLIP) -> dict:
-    configs = {"model": to_plain(model.config), "dataloader": PREPROCESSING}
+    configs = {"model": dataclasses.asdict(model.config), "dataloader": PREPROCESSING}
     return {"model_state_dict": model.state_dict(), "configs": configs}
 
 
@@ -24,7 +24,7 @@ def reference_checkpoint(model: CLIP) -> dict:
 
 
 def openai_archive(model: CLIP) -> dict:
-    """OpenAI's state dict: half precision, and three sizes among the weights."""
+    """Return a state dict like OpenAI's: half precision, with three sizes among the weights."""
     half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
     return half | {key: torch.tensor(value) for key, value in sizes.items()}
@@ -36,7 +36,7 @@ def open_clip_checkpoint(model: CLIP) -> dict:
     return {"epoch": 3, "name": "run", "state_dict": weights}
 
 
-LAYOUTS = {  # and the first number of the mean that the file's images need
+LAYOUTS = {  # with the first number of the mean of the images
     "ours": (our_checkpoint, 0.1),
     "the reference's": (reference_checkpoint, 0.4225),
     "bare": (CLIP.state_dict, 0.48145466),
@@ -59,12 +59,12 @@ def test_every_layout_gives_the_same_features(tmp_path: Path, tiny_model, layout
 
 
 @pytest.mark.parametrize("name", ["RN50", "RN50-OpenAI", "RN101", "ViT-B-32", "ViT-B-16"])
-def test_the_architecture_is_read_off_the_shapes(name):
+def test_the_architecture_is_inferred_from_the_shapes(name):
     config = load_model_config([("name", name)])
     with torch.device("meta"):
         state_dict = CLIP(config).state_dict()
-    inferred = to_plain(infer_config(state_dict, "a file"))
-    assert {**inferred, "name": name} == to_plain(config)
+    inferred = dataclasses.asdict(infer_config(state_dict, "a file"))
+    assert {**inferred, "name": name} == dataclasses.asdict(config)
 
 
 def test_a_directory_means_its_newest_checkpoint(tmp_path: Path, tiny_model):
@@ -113,7 +113,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 
 BAD_FILES = {
-    "other_model.pt": "has no weight 'ln_final.weight'",
+    "other_model.pt": "has no weight 'visual.layer1.0.conv1.weight'",
     "code.pt": "is not a checkpoint of tensors and plain containers",
     "list.pt": "holds a list",
     "no_weights.pt": "holds no model weights",
@@ -134,3 +134,37 @@ def test_a_bad_file_is_one_sentence_and_runs_no_code(tmp_path: Path, monkeypatch
         load_clip(tmp_path / name)
     assert BAD_FILES[name] in str(error.value) and "\n" not in str(error.value)
     assert not Path("code_was_run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("dataloader", {"image_mean": [0.1, 0.2], "image_std": [0.4, 0.5, 0.6]}),
+        ("dataloader", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.0, 0.6]}),
+        ("dataloader", {"image_mean": [0.1, float("nan"), 0.3], "image_std": [0.4, 0.5, 0.6]}),
+        ("dataloader", {}),
+        ("model", {**dataclasses.asdict(TINY), "transformer_layers": 10**9}),
+        ("model", {**dataclasses.asdict(TINY), "embed_dim": 10**400}),
+        ("model", {"embed_dim": 32}),
+        ("model", 3),
+    ],
+)
+def test_a_damaged_configuration_is_one_sentence(tmp_path: Path, tiny_model, section, values):
+    content = our_checkpoint(tiny_model)
+    content["configs"][section] = values
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="c.pt: ") as error:
+        load_clip(tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3,), ()])
+@pytest.mark.parametrize("key", ["visual.attnpool.positional_embedding", "text_projection", "logit_scale"])
+def test_weights_of_any_shape_are_loaded_or_refused(tmp_path: Path, tiny_model, key, shape):
+    content = {**tiny_model.state_dict(), key: torch.zeros(shape)}
+    torch.save(content, tmp_path / "c.pt")
+    if (key, shape) == ("logit_scale", ()):
+        assert load_clip(tmp_path / "c.pt").model.logit_scale == 0
+    else:
+        with pytest.raises(UserError):
+            load_clip(tmp_path / "c.pt")

@@ -1,1 +1,1 @@
-"""The parts of a training run that `train.py` puts in order."""
+"""Training: loss, optimizer, schedule and parallel execution; `run` holds what surrounds the loop."""

@@ -1,19 +1,17 @@
-"""Which devices and processes a run uses, in which precision, and how the model is spread over them.
+"""The devices and processes of a run, its precision, and how the model is spread over them.
 
-One process: the CPU, one GPU, or several under DataParallel. `torchrun`: one process a GPU (or on CPUs), under
-DistributedDataParallel.
+One process: the CPU, one GPU, or several GPUs under DataParallel. Under `torchrun`: one process per GPU (or per share
+of the CPU) with DistributedDataParallel.
 """
 
 import contextlib
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,24 +19,25 @@ from torch import Tensor, nn
 from model import CLIP
 from model.recompute import frozen_statistics
 from trainer.config import TrainConfig
+from utils.device import choose_device
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Result = TypeVar("Result")
-TIMEOUT = timedelta(hours=2)  # the other processes wait while the first builds a cache
+TIMEOUT = timedelta(hours=2)  # the other processes wait while rank 0 builds a cache
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What this process runs on: `num_devices` GPUs under DataParallel, one GPU, or the CPU."""
+    """What this process runs on: one device, or `num_devices` GPUs under DataParallel."""
 
-    device: torch.device  # where the loss is computed
+    device: torch.device  # of the loss
     num_devices: int
     rank: int = 0
     local_rank: int = 0  # among the processes of this machine
     world_size: int = 1
     precision: str = "fp32"  # fp32, tf32, bf16 or fp16
-    control: dist.ProcessGroup | None = None  # the processes' CPUs, so that agreeing does not wait for their GPUs
+    cpu_group: dist.ProcessGroup | None = None  # for agreements that should not wait for the GPUs
 
     @property
     def is_main(self) -> bool:
@@ -47,10 +46,10 @@ class Runtime:
 
     @property
     def description(self) -> str:
-        if self.device.type == "cpu":
-            text = f"CPU ({torch.get_num_threads()} threads)"
-        else:
-            text = torch.cuda.get_device_name(self.device)
+        """The devices, processes and precision in a line."""
+        is_cuda = self.device.type == "cuda"
+        cpu = f"{self.device.type.upper()} ({torch.get_num_threads()} threads)"
+        text = torch.cuda.get_device_name(self.device) if is_cuda else cpu
         if self.num_devices > 1:
             text = f"{self.num_devices} x {text} (DataParallel; torchrun --nproc_per_node={self.num_devices} is faster)"
         if self.world_size > 1:
@@ -59,57 +58,54 @@ class Runtime:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process do what the others then find done; then one a machine, whose disk may be another."""
+        """Run the block on rank 0 first, then on one process per other machine (own disk), then on the rest."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
-            self._meet()
-        yield
-        for _ in range(2 - turn):
-            self._meet()
-
-    def _meet(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        for round_ in range(3):
+            if round_ == turn:
+                yield
+            elif self.world_size > 1:
+                dist.barrier()
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` over all processes."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
-            values = values / self.world_size
-        return values
+        """Return the mean of `values`, of any shape, over all processes."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
 
-    def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's BatchNorm statistics, as DistributedDataParallel does before each step."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Copy rank 0's BatchNorm statistics to every process, as DistributedDataParallel does before each step."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags)
 
-    def collect(self, value: Any) -> list[Any]:
-        """Return every process's `value`, by rank."""
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return every process's `value`, ordered by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
-    def from_main(self, work: Callable[[], Result]) -> Result:
-        """Do `work` in the main process alone, and return its result in every process."""
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Call `work` on rank 0 alone and return its result in every process."""
         results = [work() if self.is_main else None]
         if self.world_size > 1:
-            dist.broadcast_object_list(results, group=self.control)
+            dist.broadcast_object_list(results, group=self.cpu_group)
         return results[0]
 
     def close(self, status: int = 0) -> None:
-        """Leave the other processes, when all are done: with a status, and under torchrun, the process ends here.
+        """Wait for all processes and exit with `status`; without torchrun and with status 0, return.
 
-        It ends without cleaning up, since gloo's threads hang or abort one orderly exit in some twenty.
+        Under torchrun the process skips Python's cleanup: gloo's threads hang or abort in about one of twenty exits.
         """
         if self.world_size > 1:
             dist.barrier()
@@ -121,56 +117,53 @@ class Runtime:
 
 
 def init_runtime(config: TrainConfig) -> Runtime:
-    """Seed every generator, join the processes that torchrun started, choose the device and set its precision.
+    """Seed PyTorch, join the processes that torchrun started, choose the device and set its precision.
 
-    Without torchrun: up to `n_gpu` of the visible GPUs, else the CPU. Raises UserError where the precision cannot be
-    had.
+    Without torchrun: up to `n_gpu` of the visible GPUs, or the CPU. Raises UserError if the device or the precision
+    is not available, and for options that the devices do not support.
     """
-    random.seed(config.seed)
-    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    has_gpu = config.n_gpu > 0 and torch.cuda.is_available()
+    device = choose_device("cpu" if config.n_gpu == 0 else config.device)
+    has_gpu = device.type == "cuda"
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+    num_devices, cpu_group = 1, None
     if world_size > 1:
         if has_gpu and local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started more processes than this machine has GPUs, {torch.cuda.device_count()}; give that "
-                "number to --nproc_per_node"
+                f"torchrun started more processes than this machine has GPUs; use --nproc_per_node="
+                f"{torch.cuda.device_count()}"
             )
-        device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-        num_devices = 1
         if has_gpu:
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    else:
-        device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
-        num_devices = max(1, min(config.n_gpu, torch.cuda.device_count()))
-        control = None
-    runtime = Runtime(device, num_devices, rank, local_rank, world_size, _precision(config, device), control)
+        cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    elif has_gpu:
+        num_devices = min(config.n_gpu, torch.cuda.device_count())
+    precision = _set_precision(config.precision, device)
     if config.compile and num_devices > 1:
-        raise UserError("compile does not go with DataParallel; use torchrun, or n_gpu 1")
+        raise UserError("compile does not work with DataParallel; use torchrun, or n_gpu 1")
     if config.sync_batchnorm and (world_size == 1 or not has_gpu):
-        raise UserError("sync_batchnorm is for several GPUs under torchrun; set it to false")
-    return runtime
+        raise UserError("sync_batchnorm needs several GPUs under torchrun; set it to false")
+    return Runtime(device, num_devices, rank, local_rank, world_size, precision, cpu_group)
 
 
-def _precision(config: TrainConfig, device: torch.device) -> str:
-    """Choose, check and set the precision. bf16 is the default of a GPU that has it, fp32 of anything else."""
-    precision = config.precision
+def _set_precision(precision: str, device: torch.device) -> str:
+    """Resolve `auto` (bf16 on a GPU that supports it, else fp32), check the precision and set the GPU's switches."""
+    is_cuda = device.type == "cuda"
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision in ("tf32", "fp16") and device.type != "cuda":
+        precision = "bf16" if is_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision in ("tf32", "fp16") and not is_cuda:
         raise UserError(f"precision {precision} needs a GPU; use fp32")
-    if device.type == "cuda":
+    if is_cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision
 
 
 class Autocast(nn.Module):
-    """A model whose forward pass runs in the run's precision, whichever thread or process calls it."""
+    """A model whose forward pass runs in the run's precision, in whichever thread or process it is called."""
 
     def __init__(self, model: CLIP, runtime: Runtime) -> None:
         super().__init__()
@@ -184,9 +177,9 @@ class Autocast(nn.Module):
 
 
 def wrap(model: CLIP, runtime: Runtime, config: TrainConfig) -> nn.Module:
-    """Return what the training loop calls: the model in its precision, compiled if asked for, over all devices.
+    """Return what the training loop calls: the model in its precision, compiled if configured, on all devices.
 
-    `model` itself stays the one that is saved and evaluated; its names do not change.
+    The parameters stay those of `model`, which keeps its names and is what a run saves and evaluates.
     """
     if config.sync_batchnorm:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -205,26 +198,25 @@ def wrap(model: CLIP, runtime: Runtime, config: TrainConfig) -> nn.Module:
 
 
 def _settle_buckets(parallel_model: nn.Module, model: CLIP) -> None:
-    """Let DistributedDataParallel see one backward pass, after which it orders its buckets of gradients anew.
+    """Run one backward pass, after which DistributedDataParallel reorders its gradient buckets.
 
-    Else the first step of a resumed run would add them up in another order than the run that was not interrupted.
+    Without it the first step of a resumed run would sum gradients in another order than the uninterrupted run.
     """
     size = model.config.image_resolution
     with frozen_statistics(model):
         images, texts = parallel_model(torch.zeros(2, 3, size, size), torch.zeros(2, 8, dtype=torch.int64))
-    temperature = [parameter for parameter in (model.logit_scale, model.logit_bias) if parameter is not None]
-    (images.sum() + texts.sum() + sum(temperature)).backward()
+    (images.sum() + texts.sum() + sum(model.temperature)).backward()
     model.zero_grad()
 
 
 def without_sync(parallel_model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-    """Return a context in which gradients are summed over the processes only for the last batch of a step."""
+    """Return a context in which processes sum their gradients only if this is the last batch of a step."""
     is_distributed = isinstance(parallel_model, nn.parallel.DistributedDataParallel)
     return parallel_model.no_sync() if is_distributed and not is_last else contextlib.nullcontext()
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate every process's rows; backward gives each the gradient that all of them have for its rows."""
+    """Concatenate the rows of all processes; backward returns the sum of all processes' gradients for the own rows."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
@@ -240,16 +232,11 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes, [world_size * batch, dim], and where this one's begin. Differentiable.
+    """Return the rows of all processes, [world_size * batch, dim], and the index of this process's first row.
 
-    Every process needs the same number of rows. A loss that is the mean of the processes' losses, which is how
-    DistributedDataParallel combines their gradients, then has the gradients of one process with all rows.
+    `rows`: [batch, dim], the same shape in every process. Differentiable: a loss that is the mean of the processes'
+    losses, as DistributedDataParallel averages their gradients, has the gradients of one process with all rows.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, 0
     return _Gather.apply(rows), dist.get_rank() * len(rows)
-
-
-def default_device() -> torch.device:
-    """Return the first GPU, or the CPU where there is none."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

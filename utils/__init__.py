@@ -1,1 +1,1 @@
-"""What every package may use, and what knows none of them."""
+"""Shared helpers; they import none of our packages."""

@@ -1,18 +1,18 @@
-"""Mistakes a user can mend, told in one sentence."""
+"""Errors that the user can correct."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its message is one sentence: what is wrong, where, and what to do."""
+    """An error that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit status 1, Ctrl-C status 130."""
+    """Run a script's `main`. On a `UserError`, print one line and exit with status 1; on Ctrl-C, with 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
+            stream.reconfigure(errors="backslashreplace")  # a file name need not be valid text
     try:
         main()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files that are either complete or absent."""
 
 import contextlib
 import os
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-UNFINISHED = ".part-"  # and the number of the process that writes
+UNFINISHED = ".part-"  # in the name of a file that is being written, before the process id
 
 
 @contextlib.contextmanager
-def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when it is complete and on the disk.
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` once it is complete and on the disk.
 
-    Until then `path` is what it was, and it stays so if the block raises. Raises OSError.
+    If the block raises, `path` stays unchanged. Raises OSError.
     """
     part = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
     try:
@@ -25,20 +25,21 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # flush the new name too; Windows cannot open a directory
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all. Raises OSError."""
-    with open_whole(path) as file:
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, which is replaced in one step. Raises OSError."""
+    with atomic_open(path) as file:
         file.write(content)
 
 
 def delete_unfinished(folder: Path) -> None:
-    """Delete what killed processes left behind. Raises OSError."""
+    """Delete the unfinished files that killed processes left in `folder`. Raises OSError."""
     for part in folder.glob(f"*{UNFINISHED}*"):
         part.unlink(missing_ok=True)

@@ -1,37 +1,44 @@
-"""The command-line flags that the demo and the evaluation share."""
+"""Command-line flags that several scripts share. Nothing here imports PyTorch, so that `--help` answers at once."""
 
 import argparse
-
-from utils.zero_shot import TEMPLATE
+import re
 
 
 def positive(text: str) -> int:
-    """Convert a flag's value to a number of at least 1; argparse tells what is wrong with any other."""
+    """Convert a flag's value to an integer of at least 1; argparse reports a ValueError as a wrong value."""
     value = int(text)
     if value < 1:
         raise ValueError
     return value
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of "90s", "45m", "11.5h" or "11:30:00"; argparse reports anything else as a wrong value."""
+    if clock := re.fullmatch(r"([0-9]+):([0-5][0-9]):([0-5][0-9])", text):
+        hours, minutes, seconds = map(int, clock.groups())
+        return 3600 * hours + 60 * minutes + seconds
+    if amount := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text):
+        return float(amount[1]) * {"s": 1, "m": 60, "h": 3600}[amount[2]]
+    raise argparse.ArgumentTypeError(f"{text!r} should read 90s, 45m, 11.5h or 11:30:00")
+
+
 def add_checkpoint_flag(parser: argparse._ActionsContainer, **options: bool) -> None:
-    """Add --checkpoint_path."""
-    parser.add_argument(
-        "--checkpoint_path",
-        metavar="PATH",
-        help="a checkpoint; a directory: its newest one; or a model of open_clip, e.g. open_clip:RN50/openai",
-        **options,
-    )
+    """Add --checkpoint_path; `options` go to `add_argument`."""
+    help_text = "a checkpoint, a directory (its newest checkpoint), or a model of open_clip: open_clip:RN50/openai"
+    parser.add_argument("--checkpoint_path", metavar="PATH", help=help_text, **options)
 
 
 def add_inference_flags(parser: argparse.ArgumentParser, *, templates: str) -> None:
-    """Add --templates, with what it defaults to, --batch_size and --num_workers."""
+    """Add --templates, whose help names the default `templates`, --batch_size, --num_workers and --device."""
     parser.add_argument(
         "--templates",
         "--template",
         nargs="+",
         metavar="T",
-        help=f'the sentences around a class name: single ("{TEMPLATE}"), simple (7), openai (80), a text file with one '
-        f"a line, or sentences with {{}} (default: {templates})",
+        help='sentences with the class name: single ("a photo of a {}."), simple (7), openai (80), a text file with '
+        f"one per line, or sentences with {{}} (default: {templates})",
     )
-    parser.add_argument("--batch_size", type=positive, default=128, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="default: %(default)s")
+    add = parser.add_argument
+    add("--batch_size", type=positive, default=128, metavar="N", help="images per batch (default: %(default)s)")
+    add("--num_workers", type=int, default=4, metavar="N", help="threads or processes that read (default: %(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU if there is one")

@@ -1,4 +1,4 @@
-"""ImageNet's classes and prompts: names and templates from `open_clip`, WordNet ids from `timm`'s tables."""
+"""ImageNet's classes and prompts: names and templates from `open_clip`, WordNet ids from `timm`."""
 
 import runpy
 from functools import lru_cache
@@ -10,7 +10,7 @@ SUBSETS = {"A": "imagenet_a_synsets.txt", "R": "imagenet_r_synsets.txt"}  # 200 
 
 @lru_cache(maxsize=1)
 def classnames() -> dict[str, str]:
-    """Return OpenAI's names of the 1000 classes by WordNet id, in the order of the classes' indices."""
+    """Return OpenAI's names of the 1,000 classes by WordNet id, in the order of the class indices."""
     return dict(zip(_lines("imagenet_synsets.txt"), _open_clip()["IMAGENET_CLASSNAMES"], strict=True))
 
 
@@ -20,7 +20,7 @@ def subset_ids(subset: str) -> list[str]:
 
 
 def templates(name: str) -> list[str]:
-    """Return OpenAI's 80 prompts for ImageNet, `openai`, or the 7 best of them, `simple`; {} stands for the class."""
+    """Return OpenAI's 80 prompts for ImageNet (`openai`) or the best 7 of them (`simple`), with {} for the class."""
     prompts = _open_clip()[{"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}[name]]
     return [prompt("{}") for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""Installed packages: their data files, found without an import that can take seconds, and their chatter."""
+"""Installed packages: locate their data files without importing them, and silence them."""
 
 import contextlib
 import io
@@ -12,17 +12,17 @@ from utils.errors import UserError
 
 
 def package_file(package: str, name: str) -> Path:
-    """Return the file `name`, relative to the package's folder. Raises UserError if it is not installed."""
+    """Return the path of `name` in the package's folder. Raises UserError if it is not installed."""
     spec = find_spec(package)
     file = Path(spec.origin).parent / name if spec and spec.origin else None
     if file is None or not file.is_file():
-        raise UserError(f"{name} of the package {package} is not found; pip install -r requirements.txt")
+        raise UserError(f"the package {package} with its file {name} is not installed; pip install -r requirements.txt")
     return file
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a package from printing, logging and warning; what goes wrong it raises, and the caller tells."""
+    """Suppress what a package prints, logs and warns of. Its exceptions still reach the caller."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Image-text retrieval with any number of captions an image: ranks, recall, COCO's folds, nearest neighbours."""
+"""Image-text retrieval with any number of captions per image: ranks, recall, median rank, folds of 1,000 images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +10,9 @@ FOLD_SIZE = 1000  # images, as in COCO's "1k" protocol (Karpathy & Fei-Fei 2015,
 
 
 class RetrievalRanks(NamedTuple):
-    """How many wrong ones are as similar as, or more similar than, the right one; 0 is best."""
+    """The number of wrong items that are at least as similar to a query as the right one; 0 is best."""
 
-    image_to_text: Tensor  # int64 [num_images], to the best of an image's own texts
+    image_to_text: Tensor  # int64 [num_images], for the best-placed caption of each image
     text_to_image: Tensor  # int64 [num_texts]
 
 
@@ -20,38 +20,37 @@ class RetrievalRanks(NamedTuple):
 def retrieval_ranks(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, chunk_size: int = 1024
 ) -> RetrievalRanks:
-    """Rank every image's texts and every text's image.
+    """Rank all texts for every image, and all images for every text.
 
-    `image_features`: [num_images, embed_dim], `text_features`: [num_texts, embed_dim], L2-normalized;
-    `image_of_text`: int64 [num_texts], each text's row in `image_features`. Of equal similarities the wrong one counts
-    as first, and so does one that is not a number. Computed in chunks, so that no num_images x num_texts matrix is
-    held.
+    `image_features`: [num_images, embed_dim], `text_features`: [num_texts, embed_dim], both L2-normalized;
+    `image_of_text`: int64 [num_texts], the row of each text's image in `image_features`. Ties count against the right
+    item, and so do similarities that are NaN. Works in chunks of `chunk_size` queries, so that the num_images x
+    num_texts matrix is never in memory.
     """
     text_ranks = []
-    for texts, owners in zip(text_features.split(chunk_size), image_of_text.split(chunk_size), strict=True):
+    for texts, rows in zip(text_features.split(chunk_size), image_of_text.split(chunk_size), strict=True):
         similarities = texts @ image_features.t()
-        own = similarities.gather(1, owners[:, None])
-        text_ranks.append((~(similarities < own)).sum(dim=1) - 1)  # its own image is among them
+        right = similarities.gather(1, rows[:, None])
+        text_ranks.append((~(similarities < right)).sum(dim=1) - 1)  # the count includes the right image
 
     image_ranks = []
     for start in range(0, len(image_features), chunk_size):
         images = image_features[start : start + chunk_size]
         rows = torch.arange(start, start + len(images), device=images.device)
         similarities = images @ text_features.t()
-        is_own = image_of_text[None, :] == rows[:, None]
-        best_own = similarities.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
-        image_ranks.append((~(similarities < best_own) & ~is_own).sum(dim=1))
+        is_right = image_of_text[None, :] == rows[:, None]
+        best = similarities.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+        image_ranks.append((~(similarities < best) & ~is_right).sum(dim=1))
     return RetrievalRanks(torch.cat(image_ranks), torch.cat(text_ranks))
 
 
 def retrieval_metrics(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, *, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Return recall@k in [0, 1] and the median rank, counted from 1, both ways.
+    """Return recall@k in [0, 1] and the median rank, counted from 1, in both directions.
 
     {"text_to_image_R@1": 0.31, "image_to_text_R@1": 0.42, ..., "text_to_image_median_rank": 3.0, ...}. A text is a hit
-    if its image is among its k most similar; an image if any one of its texts is. The tensors are those of
-    `retrieval_ranks`.
+    if its image is among the k most similar; an image is a hit if any of its texts is. Arguments as `retrieval_ranks`.
     """
     metrics = {}
     for name, ranks in retrieval_ranks(image_features, text_features, image_of_text)._asdict().items():
@@ -61,24 +60,24 @@ def retrieval_metrics(
 
 
 def fold_metrics(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> tuple[dict[str, float], int]:
-    """Return the means of `retrieval_metrics` over folds of 1,000 images and their texts, and how many folds there are.
+    """Return the means of `retrieval_metrics` over folds of 1,000 images with their texts, and the number of folds.
 
-    The folds are in the order of the images; what is left over is not counted. There must be one at least.
+    Needs at least 1,000 images. Folds follow the order of the images; the remainder of the last one is left out.
     """
     folds = []
     for start in range(0, len(image_features) - FOLD_SIZE + 1, FOLD_SIZE):
         is_in = (image_of_text >= start) & (image_of_text < start + FOLD_SIZE)
-        images = image_features[start : start + FOLD_SIZE]
-        folds.append(retrieval_metrics(images, text_features[is_in], image_of_text[is_in] - start))
+        fold = image_features[start : start + FOLD_SIZE], text_features[is_in], image_of_text[is_in] - start
+        folds.append(retrieval_metrics(*fold))
     return {key: sum(fold[key] for fold in folds) / len(folds) for key in folds[0]}, len(folds)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Return recall@1, 5 and 10 both ways, in %, and the median ranks if there are any, as a small table."""
+    """Return a table of recall@1, 5 and 10 in percent, with the median ranks if `metrics` has them."""
     lines = [f"{'':<15} {'R@1':>7} {'R@5':>7} {'R@10':>7}"]
     for name in RetrievalRanks._fields:
-        figures = [f"{100 * metrics[f'{name}_R@{k}']:6.1f}%" for k in (1, 5, 10)]
+        columns = [f"{100 * metrics[f'{name}_R@{k}']:6.1f}%" for k in (1, 5, 10)]
         median = metrics.get(f"{name}_median_rank")
-        figures += [] if median is None else [f"  median rank {median:g}"]
-        lines.append(f"{name.replace('_', ' '):<15} {' '.join(figures)}")
+        columns += [] if median is None else [f"  median rank {median:g}"]
+        lines.append(f"{name.replace('_', ' '):<15} {' '.join(columns)}")
     return "\n".join(lines)

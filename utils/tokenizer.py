@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding (Radford et al. 2021, section 2.4): lower-cased, 49,408 ids, start and end markers."""
+"""CLIP's byte-pair encoding (Radford et al. 2021, section 2.4): lower-case text, 49,408 ids, start and end markers."""
 
 import gzip
 import html
@@ -15,7 +15,7 @@ from torch import Tensor
 from utils.packages import package_file
 
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
-NUM_MERGES = 49152 - 256 - 2  # of the file's 262,144
+NUM_MERGES = 49152 - 256 - 2  # the file lists 262,144; CLIP uses the first ones
 START, END = "<start_of_text>", "<end_of_text>"
 WORD = regex.compile(
     rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
@@ -23,24 +23,23 @@ WORD = regex.compile(
 
 
 class CLIPTokenizer:
-    """Texts to token ids, equal to `open_clip`'s `SimpleTokenizer`. Built once by `get_tokenizer`."""
+    """Convert texts to token ids, equal to those of open_clip's `SimpleTokenizer`. `get_tokenizer` builds it."""
 
     def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
         self._symbol_of_byte = _symbol_of_byte()
-        # OpenAI's order of ids: the bytes, the bytes that end a word, the merges, the two markers.
+        # OpenAI's order of ids: bytes, bytes at the end of a word, merges, the two markers.
         symbols = self._symbol_of_byte.values()
         vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START, END]
         ids = {token: index for index, token in enumerate(vocabulary)}
-        self.vocab_size = len(ids)
         self.start, self.end = ids[START], ids[END]
         self._bpe = BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>")
-        self._encode_word = lru_cache(maxsize=1 << 16)(self._encode_word)  # captions repeat their words
+        self._encode_word = lru_cache(maxsize=1 << 16)(self._encode_word)  # captions share most of their words
 
     def __call__(self, texts: Sequence[str], *, context_length: int = 77, multiple: int = 8) -> Tensor:
-        """Tokenize `texts` to int64 ids [num_texts, length], zeros after each end marker.
+        """Tokenize `texts` to ids, int64 [num_texts, length], zero after each end marker.
 
-        `length` is the longest text's, rounded up to a `multiple`; a text longer than `context_length` is cut and
-        keeps its end marker.
+        `length` is that of the longest text, rounded up to a `multiple`. A text with more than `context_length` tokens
+        is truncated and keeps its end marker.
         """
         encoded = [self.encode_with_markers(text, context_length) for text in texts]
         longest = max(map(len, encoded), default=0)
@@ -51,11 +50,11 @@ class CLIPTokenizer:
         return torch.from_numpy(tokens)
 
     def encode_with_markers(self, text: str, context_length: int) -> list[int]:
-        """Return the ids of a text between its markers, cut to `context_length` ids in all."""
+        """Return the ids of a text between its markers, truncated to `context_length` ids in total."""
         return [self.start, *self.encode(text)[: context_length - 2], self.end]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text of any length, without markers."""
+        """Return all ids of a text, without markers."""
         return [token_id for word in WORD.findall(clean(text)) for token_id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
@@ -66,15 +65,15 @@ class CLIPTokenizer:
 
 
 def clean(text: str) -> str:
-    """Mend broken Unicode, undo HTML escapes (twice: web text is often escaped twice), lower, collapse spaces."""
-    if "&" in text or not (text.isascii() and text.isprintable()):  # most captions have nothing to mend
+    """Repair broken Unicode, decode HTML entities twice (web text is often encoded twice), lower, collapse spaces."""
+    if "&" in text or not (text.isascii() and text.isprintable()):  # most captions need no repair
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 @lru_cache(maxsize=1)
 def get_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer from the vocabulary in the installed `open_clip_torch`; raises UserError if it is absent."""
+    """Build the tokenizer from the vocabulary of the installed `open_clip_torch`. Raises UserError without it."""
     file = package_file("open_clip", VOCABULARY_FILE)
     with gzip.open(file, mode="rt", encoding="utf-8") as lines:
         next(lines)  # a version line
@@ -83,10 +82,6 @@ def get_tokenizer() -> CLIPTokenizer:
 
 def _symbol_of_byte() -> dict[int, str]:
     """Return GPT-2's printable character for each byte, in the order of CLIP's first 256 ids."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}

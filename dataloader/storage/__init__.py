@@ -1,0 +1,1 @@
+"""Packed images: tar shards, pixel caches and streams."""

@@ -1,0 +1,46 @@
+"""The image cache that `data_config.yaml` configures."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from dataloader.captions import CaptionSet
+from dataloader.config import DataConfig
+from dataloader.sources import EncodedImages, ImageSource, PixelCache
+from dataloader.storage.packing import PIXELS_FILE, make_spec, pack, read_manifest
+from dataloader.storage.shards import Shards
+from utils.errors import UserError
+
+
+def open_cache(
+    train_set: CaptionSet, config: DataConfig, image_size: int, num_workers: int, logger: logging.Logger
+) -> tuple[CaptionSet, ImageSource, Path]:
+    """Open the cache of a training set for a model of `image_size` pixels; build it first if there is none.
+
+    Returns the training set, a source of its images in the same order, and the file to store its tokens in. An image
+    that was unreadable when the cache was built is replaced by the next readable one, with its captions. Raises
+    UserError if the cache was built from other images, or too many of them are unreadable.
+    """
+    form = "pixels" if config.cache == "pixels" else "shards"
+    is_exact = form == "pixels" and config.augmentation == "reference"
+    size = image_size if is_exact else round(image_size * 8 / 7)  # the customary 256 for 224
+    folder = Path(config.cache_dir) / f"{form}_{size}"
+    spec = make_spec(train_set, form, size)
+    unreadable = read_manifest(folder, spec)
+    if unreadable is None:
+        logger.info(f"building the cache {folder}, which later runs use too")
+        unreadable = pack(train_set, folder, spec, num_workers=num_workers, logger=logger)
+    if len(unreadable) > config.max_unreadable_share * spec.num_images:
+        raise UserError(
+            f"{len(unreadable):,} of the {spec.num_images:,} images were unreadable when the cache {folder} was built; "
+            "repair them and delete the cache, or allow more with --set dataloader.max_unreadable_share=SHARE"
+        )
+    readable = np.setdiff1d(np.arange(spec.num_images), unreadable)
+    chosen = np.searchsorted(readable, np.arange(spec.num_images)) % len(readable)
+    cached_set = train_set._replace(images=[train_set.images[number] for number in readable[chosen]])
+    if form == "pixels":
+        source: ImageSource = PixelCache(folder / PIXELS_FILE, readable[chosen], size, config.cache_device)
+    else:
+        source = EncodedImages(Shards.open(folder, chosen), image_size, size)  # shards lack the unreadable images
+    return cached_set, source, folder / "tokens.npz"

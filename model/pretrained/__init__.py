@@ -1,0 +1,1 @@
+"""Trained models: load their weights, encode with them."""
