@@ -24,9 +24,9 @@ from tqdm import tqdm
 from dataloader.data_loaders import TrainLoader, open_data, open_dataset
 from dataloader.sample import make_sample
 from model import CLIP
-from trainer.accumulation import backward_in_chunks
 from trainer.loss import build_objective
 from trainer.optim import build_optimizer, clip_logit_scale, take_step
+from trainer.optional.accumulation import backward_in_chunks
 from trainer.parallel import init_runtime, without_sync, wrap
 from trainer.run.checkpoint import CheckpointWriter, TrainState, find_checkpoint, restore
 from trainer.run.configs import load_configs
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         parallel_model = wrap(model, runtime, config)  # DataParallel, DistributedDataParallel, autocast, compile
 
         validation = Validation(data, state, schedule, runtime)
-        writer = CheckpointWriter(folder.checkpoints, config, runtime, logger)
+        writer = CheckpointWriter(folder.checkpoints, model, config, runtime, logger)
         speed = SpeedMeter(loader, schedule.pairs_per_step, state.global_step)
         logger.info(describe_run(schedule, runtime, state, data))
         logger.log_config(configs)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             while state.epoch < config.num_train_epochs and not stop.reason:
                 for grad_norm in train_one_epoch(state, parallel_model, batches, objective, schedule):
                     bar.update()
-                    stop_now = stop.requested(runtime, writer.expected_seconds(model))  # the same on all ranks
+                    stop_now = stop.requested(runtime, writer.expected_seconds)  # the same on all ranks
                     if schedule.is_due(config.logging_steps, state.global_step):
                         state.meter.check_skipped(config.max_skipped_steps, logger)
                         row = training_row(state, grad_norm, speed.read(state.global_step), runtime)

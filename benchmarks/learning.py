@@ -32,11 +32,11 @@ from benchmarks.common import describe_machine, find_test_data
 from dataloader.captions import CaptionSet, read_captions
 from dataloader.token_table import tokenize
 from model import CLIP, CLIPConfig, load_clip
+from trainer.optional.word_loss import WordLoss
 from trainer.run.checkpoint import list_checkpoints
 from trainer.run.configs import RECIPES as RECIPE_FILES
 from trainer.run.configs import load_configs
 from trainer.run.flags import parse_args
-from trainer.word_loss import WordLoss
 from utils.config import flatten, read_yaml
 from utils.errors import UserError, run_script
 from utils.retrieval import retrieval_metrics

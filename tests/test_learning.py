@@ -9,9 +9,9 @@ from benchmarks import learning
 from benchmarks.learning import Plan, draw_curves, find_result, format_table
 from dataloader.token_table import tokenize
 from model import load_model_config
+from trainer.optional.word_loss import WordLoss
 from trainer.run.configs import load_configs
 from trainer.run.flags import parse_args
-from trainer.word_loss import WordLoss
 
 
 def test_every_recipe_costs_what_the_reference_does(monkeypatch):

@@ -18,12 +18,12 @@ from dataloader.token_table import tokenize
 from model import CLIP
 from tests.conftest import TINY, make_captions
 from tests.runs import Captions, ForkedRun, free_port, join, read_rows, start_forks, tiny_flags, torchrun, wait_for_rows
-from trainer.accumulation import backward_in_chunks
 from trainer.config import load_train_config
 from trainer.loss import LOSSES, Objective
+from trainer.optional.accumulation import backward_in_chunks
+from trainer.optional.word_loss import LOGIT_SCALE, WordLoss
 from trainer.parallel import Runtime, init_runtime, wrap
 from trainer.run.checkpoint import list_checkpoints
-from trainer.word_loss import LOGIT_SCALE, WordLoss
 
 VIT = {"vision_layers": 2, "vision_patch_size": 16, "vision_width": 64, "image_resolution": 32, "transformer_layers": 2}
 RESNET = {"vision_layers": (1, 1, 1, 1), "vision_patch_size": None, "vision_width": 8}

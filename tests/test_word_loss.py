@@ -12,7 +12,7 @@ from dataloader.token_table import tokenize
 from tests.runs import last_checkpoint, read_rows, tiny_flags
 from trainer.config import load_train_config
 from trainer.loss import Objective
-from trainer.word_loss import WordLoss
+from trainer.optional.word_loss import WordLoss
 from utils.errors import UserError
 from utils.tokenizer import get_tokenizer
 

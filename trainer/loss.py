@@ -12,8 +12,8 @@ from torch import Tensor
 from dataloader.token_table import TokenTable
 from model import CLIP
 from trainer.config import TrainConfig
+from trainer.optional.word_loss import WordLoss
 from trainer.parallel import gather
-from trainer.word_loss import WordLoss
 
 Scalars = dict[str, Tensor]  # detached, by the names that the log gives them
 

@@ -68,10 +68,9 @@ class Runtime:
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values`, of any shape, over all processes."""
-        if self.world_size == 1:
-            return values
         total = values.clone()
-        dist.all_reduce(total)
+        if self.world_size > 1:
+            dist.all_reduce(total)
         return total / self.world_size
 
     def broadcast_buffers(self, model: nn.Module) -> None:
@@ -82,10 +81,9 @@ class Runtime:
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true in any process."""
-        if self.world_size == 1:
-            return flag
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
+        if self.world_size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags)
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -130,12 +128,10 @@ def init_runtime(config: TrainConfig) -> Runtime:
     )
     num_devices, cpu_group = 1, None
     if world_size > 1:
-        if has_gpu and local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started more processes than this machine has GPUs; use --nproc_per_node="
-                f"{torch.cuda.device_count()}"
-            )
         if has_gpu:
+            num_gpus = torch.cuda.device_count()
+            if local_rank >= num_gpus:
+                raise UserError(f"torchrun started more processes than GPUs; use --nproc_per_node={num_gpus}")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)

@@ -60,12 +60,14 @@ class CheckpointWriter:
     files unchanged. Every record of a file has a CRC-32 checksum (zip's), which reading verifies.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, runtime: Runtime, logger: RunLogger) -> None:
+    def __init__(self, folder: Path, model: CLIP, config: TrainConfig, runtime: Runtime, logger: RunLogger) -> None:
         self.folder = folder
         self.config = config
         self.runtime = runtime
         self.logger = logger
-        self.seconds: float | None = None  # of the slowest save so far
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.estimate = 12 * num_parameters / BYTES_PER_SECOND  # weights and AdamW's two moments, 4 bytes each
+        self.seconds = 0.0  # of the slowest save so far
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint on rank 0 and delete those that `keep_last` does not keep. Every process calls it.
@@ -77,7 +79,7 @@ class CheckpointWriter:
         path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}.pt"
         if not self.runtime.is_main or not self._write(_content(state, rank_states), path):
             return
-        self.seconds = max(self.seconds or 0, time.perf_counter() - start)
+        self.seconds = max(self.seconds, time.perf_counter() - start)
         if self.config.keep_last:
             done = [file for file in list_checkpoints(self.folder) if _step_of(file) <= state.global_step]
             for old in done[: -self.config.keep_last]:
@@ -89,12 +91,10 @@ class CheckpointWriter:
             content = {key: value for key, value in _content(state, []).items() if key not in ONLY_TO_RESUME}
             self._write(content, self.folder / "best.pt")
 
-    def expected_seconds(self, model: CLIP) -> float:
-        """Return the duration of a save: the slowest so far; before the first, an estimate from the model's size."""
-        if self.seconds is None:
-            num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            self.seconds = 12 * num_parameters / BYTES_PER_SECOND  # weights and AdamW's two moments, 4 bytes each
-        return self.seconds
+    @property
+    def expected_seconds(self) -> float:
+        """The duration of a save: the slowest so far; before the first, an estimate from the model's size."""
+        return self.seconds or self.estimate
 
     def _write(self, content: dict[str, Any], path: Path) -> bool:
         """Return whether the file could be written."""
@@ -167,10 +167,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], runtime: Runtime, log
         raise UserError(f"the checkpoint is damaged ({error}); resume from an earlier one") from None
     for key in PROGRESS:
         setattr(state, key, checkpoint[key])
-    old, new = (
-        {**configs, "world_size": size}
-        for configs, size in ((checkpoint["configs"], len(rank_states)), (to_plain(state.configs), runtime.world_size))
-    )
+    old = checkpoint["configs"] | {"world_size": len(rank_states)}
+    new = to_plain(state.configs) | {"world_size": runtime.world_size}
     for difference in _differences(old, new):
         logger.info(f"differs from the checkpoint: {difference}")
 
@@ -193,9 +191,8 @@ def _read(path: Path) -> dict[str, Any]:
     version = checkpoint.get("format_version")
     if type(version) is int and version < FORMAT_VERSION:
         raise UserError(
-            f"{path}: was written by an earlier version of this code (format {version}, now {FORMAT_VERSION}) and "
-            "cannot be resumed; finish that run with that version, or start a new one; the demo and the evaluation "
-            "still read the file"
+            f"{path}: was written by an earlier version of this code and can only be evaluated, not resumed; finish "
+            "that run with that version, or start a new one"
         )
     if type(version) is not int or version > FORMAT_VERSION:
         raise UserError(f"{path}: contains no training state of this version; start a new run")

@@ -1,7 +1,6 @@
 """The configuration of a run: the packages' YAML files, overridden by a recipe, `--config FILE` and flags."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +11,13 @@ from utils.config import Setting, flatten, nearest, parse_override, read_yaml, s
 from utils.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+PATH_FLAGS = ("train_img_dir", "train_annotation_file", "val_img_dir", "val_annotation_file")
 KEY_OF_FLAG = {
     "model": "model.name",
     "recipe": "trainer.recipe",
     "epochs": "trainer.num_train_epochs",
     "batch_size": "trainer.per_gpu_train_batch_size",
-    "train_img_dir": "dataloader.train_img_dir",
-    "train_annotation_file": "dataloader.train_annotation_file",
-    "val_img_dir": "dataloader.val_img_dir",
-    "val_annotation_file": "dataloader.val_annotation_file",
+    **{flag: f"dataloader.{flag}" for flag in PATH_FLAGS},
 }
 
 
@@ -42,7 +39,9 @@ def load_configs(args: argparse.Namespace) -> Configs:
     for flag, key in KEY_OF_FLAG.items():
         if (value := getattr(args, flag)) is not None:
             chosen[key] = Setting(value, f"--{flag}")
-    settings = (_read_recipe("sample") if args.sample else {}) | _read_recipe(_recipe_name(chosen)) | chosen
+    default = Setting(read_yaml(CONFIG_FILE).get("recipe"), short_name(CONFIG_FILE))
+    sample = _read_recipe(Setting("sample", "--sample")) if args.sample else {}
+    settings = sample | _read_recipe(chosen.get("trainer.recipe", default)) | chosen
     sections: dict[str, dict[str, Any]] = {name: {} for name in Configs._fields}
     for dotted_key, setting in settings.items():
         section, _, key = dotted_key.partition(".")
@@ -57,16 +56,10 @@ def load_configs(args: argparse.Namespace) -> Configs:
     return Configs(load_model_config(sections["model"]), trainer, data)
 
 
-def _recipe_name(chosen: Mapping[str, Setting]) -> Setting:
-    """Return the name of the recipe, and where it was chosen."""
-    default = Setting(read_yaml(CONFIG_FILE).get("recipe"), short_name(CONFIG_FILE))
-    return chosen.get("trainer.recipe", default)
-
-
-def _read_recipe(name: Setting | str) -> dict[str, Setting]:
+def _read_recipe(name: Setting) -> dict[str, Setting]:
     """Return the settings of a file in trainer/recipes. Raises UserError if there is none of this name."""
-    name, origin = name if isinstance(name, Setting) else (name, "--sample")
     recipes = {file.stem: file for file in RECIPES.glob("*.yaml")}
-    if name not in recipes:
-        raise UserError(f"{origin}: trainer/recipes has no recipe {name!r}; {nearest(str(name), sorted(recipes))}")
-    return flatten(read_yaml(recipes[name]), short_name(recipes[name]))
+    if name.value not in recipes:
+        choices = nearest(str(name.value), sorted(recipes))
+        raise UserError(f"{name.origin}: trainer/recipes has no recipe {name.value!r}; {choices}")
+    return flatten(read_yaml(recipes[name.value]), short_name(recipes[name.value]))
