@@ -91,6 +91,7 @@ def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_unknown_models_and_tags_are_named(weights, tmp_path: Path):
     (tmp_path / "text.pt").write_text("hello")
     for name, message in (

@@ -21,6 +21,7 @@ def make_loader(files, folder, cache, **options) -> TrainLoader:
     return open_loader(caption_set, make_sampler(caption_set.num_images, 8), **options)
 
 
+@pytest.mark.slow
 def test_the_pixel_cache_equals_the_references_preprocessing_on_photographs(data_dir, tmp_path: Path):
     coco = data_dir / "coco_mini"
     for split in ("train2017", "val2017"):

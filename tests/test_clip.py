@@ -38,6 +38,7 @@ def test_features_equal_open_clips_both_ways(peers):
         torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(padded), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_reference_model_has_its_number_of_parameters_and_names():
     model = CLIP(load_model_config())
     assert sum(parameter.numel() for parameter in model.parameters()) == 83_092_833

@@ -392,7 +392,7 @@ RESUMED = {
     "no optimizer": (lambda: checkpoint_with(optimizer_state_dict=3), "evil.pt"),
     "an empty optimizer": (checkpoint_with, "the checkpoint is damaged"),
     "a later format": (lambda: checkpoint_with(format_version=99), "evil.pt"),
-    "an earlier format": (lambda: checkpoint_with(format_version=2), "format 2"),
+    "an earlier format": (lambda: checkpoint_with(format_version=2), "earlier version"),
     "an epoch as text": (lambda: checkpoint_with(epoch="0"), "epoch"),
 }
 

@@ -23,6 +23,7 @@ def test_every_recipe_costs_what_the_reference_does(monkeypatch):
     assert ends == pytest.approx([60 * 5952 * 0.25 / 1e3] * 3)
 
 
+@pytest.mark.slow
 def test_the_word_loss_costs_its_matrix_products(data_dir):
     config = load_model_config({"name": "RN-small"})
     captions = [image.captions for image in learning.read_split("train").images]

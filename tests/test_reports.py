@@ -89,6 +89,7 @@ def test_imagenets_default_are_the_80_templates_and_others_have_one(folder: Path
     assert asked == [(1000, 80), (1, 1)]
 
 
+@pytest.mark.slow
 def test_retrieval_writes_the_metrics_of_the_python_api(folder: Path, capsys):
     img_dir, annotation_file = make_captions(folder / "data")
     (img_dir / "000000000003.png").write_bytes(b"x")
@@ -197,6 +198,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_hostile_class_names_write_no_other_files(folder: Path, capsys):
     work = folder / "work"
     data_dir = make_set(work / "set", [f"class{number}" for number in range(len(HOSTILE))])

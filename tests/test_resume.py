@@ -78,6 +78,7 @@ def test_a_run_stopped_after_any_step_continues_as_if_uninterrupted(tmp_path: Pa
         recorder.images = []
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path: Path, data, recorder):
     train.main([*flags_for(data, tmp_path), "--resume", "auto"])
     assert len(recorder.images) == 9
@@ -98,6 +99,7 @@ def test_building_a_cache_and_finding_it_train_alike(tmp_path: Path, data, cache
     assert same_end(tmp_path / "builds", tmp_path / "finds")
 
 
+@pytest.mark.slow
 def test_a_run_may_be_made_longer(tmp_path: Path, data, recorder, capsys):
     train.main(flags_for(data, tmp_path, epochs=1))
     train.main([*flags_for(data, tmp_path), "--resume", str(tmp_path / "saved_checkpoints")])
@@ -213,6 +215,7 @@ def test_steps_with_non_finite_gradients_are_skipped_counted_and_logged(tmp_path
     assert steps == {7.0}  # of 9
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_end_the_run_at_its_last_good_checkpoint(tmp_path, data, recorder):
     recorder.before |= dict.fromkeys((2, 5, 6, 7, 8), spoil_gradient)
     with pytest.raises(UserError, match="3 consecutive steps"):

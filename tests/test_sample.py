@@ -27,6 +27,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_the_sample_is_in_cocos_format(drawn):
     for split, count in (("train", 60), ("val", 30)):
         caption_set = read_split(drawn, split)
@@ -62,6 +63,7 @@ def test_held_out_captions_describe_the_whole_scene(tmp_path: Path):
             assert all(word in caption for word in words)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_files_and_another_does_not(drawn, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(scenes.os, "cpu_count", lambda: 1)
     make_sample(tmp_path / "same", num_train=60, num_val=30)
@@ -71,6 +73,7 @@ def test_the_same_seed_draws_the_same_files_and_another_does_not(drawn, tmp_path
     assert files(tmp_path / "other")[first] != files(drawn)[first]
 
 
+@pytest.mark.slow
 def test_a_finished_dataset_is_kept_and_an_unfinished_one_is_completed(drawn):
     before = {file: file.stat().st_mtime_ns for file in drawn.rglob("*.jpg")}
     make_sample(drawn, num_train=60, num_val=30)

@@ -75,6 +75,7 @@ def test_the_webdataset_library_reads_them(tmp_path: Path):
         assert sample["json"]["image_id"] == image.image_id
 
 
+@pytest.mark.slow
 def test_open_clips_loader_reads_them(tmp_path: Path):
     pytest.importorskip("pandas", reason="open_clip's own training needs pandas, which is not installed")
     from open_clip_train.data import get_wds_dataset

@@ -118,6 +118,7 @@ def test_zero_shot_accuracy_is_measured_and_may_select_the_best(tmp_path: Path, 
     assert row["val_zero_shot_top1"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("metric", "best_step"), [("mean_recall", 6), ("loss", 3)])
 def test_the_best_metric_selects_and_nan_never_wins(tmp_path: Path, data, held_out, monkeypatch, metric, best_step):
     results = iter([(0.5, 1.0), (0.9, 2.0), (math.nan, math.nan)])
