@@ -9,7 +9,7 @@ from PIL import Image
 
 from utils import imagenet
 from utils.errors import UserError
-from utils.images import IMAGE_SUFFIXES, list_images
+from utils.images import image_suffixes, list_images
 
 CIFAR = ("CIFAR10", "CIFAR100")
 IMAGENET = {  # by the name of the folder in lower case; any other name is the validation set
@@ -107,7 +107,8 @@ def load_class_folders(
 def _class_folders(data_dir: Path, flag: str) -> list[Path]:
     if not data_dir.is_dir():
         raise UserError(f"{flag} {data_dir}: the folder does not exist; check the path")
-    folders = sorted(entry for entry in data_dir.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = (entry for entry in data_dir.iterdir() if not entry.name.startswith((".", "__MACOSX")))
+    folders = sorted(entry for entry in names if entry.is_dir())
     if not folders:
         raise UserError(f"{flag} {data_dir}: contains no folder; it should contain one folder of images per class")
     return folders
@@ -122,6 +123,6 @@ def _read_images(
         images += files
         labels += [label] * len(files)
     if not images:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        suffixes = ", ".join(sorted(image_suffixes()))
         raise UserError(f"{flag} {data_dir}: its folders contain no image ({suffixes})")
     return empty._replace(images=images, labels=labels)

@@ -86,3 +86,12 @@ def test_folders_without_images_are_refused(tmp_path: Path):
             load(tmp_path / "set")
         with pytest.raises(UserError, match="does not exist"):
             load(tmp_path / "absent")
+
+
+def test_macos_leftovers_are_no_classes_and_no_images(tmp_path: Path):
+    for name in ("cat/1.png", "dog/1.png", "__MACOSX/cat/._1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat/._1.png")
+    found = load_class_folders(tmp_path)
+    assert found.classnames == ["cat", "dog"] and len(found.images) == 2

@@ -1,4 +1,5 @@
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from utils.images import (
     ORIENTATION_TAG,
     ORIENTATIONS,
     UnreadableImageError,
+    find_images,
     load_image,
     normalize,
     plain_jpeg_size,
@@ -250,3 +252,25 @@ def test_normalization_equals_torchvisions_and_is_channels_last():
     assert images.dtype == torch.uint8 and normalized.dtype == torch.float32
     assert normalized.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(normalized, TF.normalize(images / 255, mean, std), atol=1e-6, rtol=1e-5)
+
+
+def test_pillows_raster_suffixes_are_found_and_macos_companions_are_not(tmp_path: Path):
+    for name in ("a.jpg", "b.jfif", "c.JPE", "d.webp", "e.tif", "._a.jpg", "notes.txt", "f.eps", "g.pdf"):
+        (tmp_path / name).touch()
+    assert [file.name for file in find_images(tmp_path)] == ["a.jpg", "b.jfif", "c.JPE", "d.webp", "e.tif"]
+
+
+@pytest.mark.parametrize("read", [lambda path: load_image(path, 8), lambda path: read_pixels(path, 8)])
+def test_only_regular_raster_files_are_opened(tmp_path: Path, monkeypatch, read):
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("an external program was started"))
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(UnreadableImageError, match="cannot identify"):
+        read(tmp_path / "a.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "b.png")
+        (tmp_path / "c.png").symlink_to("/dev/zero")
+        for name in ("b.png", "c.png"):
+            with pytest.raises(UnreadableImageError, match="not a regular file"):
+                read(tmp_path / name)

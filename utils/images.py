@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such images
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow runs Ghostscript for EPS and decodes no other
 MAX_ASPECT = 8  # ratio of sides; longer images are cropped to it before they are resized
 ORIENTATION_TAG = 0x0112  # Exif
 ORIENTATIONS = {
@@ -83,6 +86,7 @@ def read_pixels(source: str | Path | io.BytesIO, at_least: int, buffer: np.ndarr
     the next call; reused memory is faster. Raises UnreadableImageError.
     """
     with contextlib.suppress(OSError, ValueError):  # Pillow decodes every other file, or gives the reason why not
+        _check_regular(source)
         data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
         height, width, turn = _read_jpeg_header(data)
         if min(height, width) < 8 * at_least:
@@ -155,13 +159,27 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f"the image folder {folder} does not exist; check the path")
     images = list_images(folder)
     if not images:
-        raise UserError(f"the image folder {folder} contains no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"the image folder {folder} contains no image ({', '.join(sorted(image_suffixes()))})")
     return images
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the files of a folder that have an image's suffix, sorted."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    """Return the files of a folder that have an image's suffix, sorted; not macOS's `._NAME` companions of files."""
+    files = (file for file in folder.iterdir() if not file.name.startswith("._"))
+    return sorted(file for file in files if file.suffix.lower() in image_suffixes() and file.is_file())
+
+
+@lru_cache(maxsize=1)
+def raster_formats() -> list[str]:
+    """Return the names of the raster formats that the installed Pillow decodes itself."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in NOT_RASTER]
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> set[str]:
+    """Return the suffixes of these formats, in lower case: .jpg, .jfif, .png, .avif, ..."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in raster_formats()}
 
 
 @contextlib.contextmanager
@@ -174,12 +192,19 @@ def _unreadable() -> Iterator[None]:
         raise UnreadableImageError(reason) from None
 
 
+def _check_regular(source: ImageLike) -> None:
+    """Raise ValueError for the path of a pipe or a device, which would block or never end."""
+    if isinstance(source, str | Path) and not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 (a str, often)
+        raise ValueError("not a regular file")
+
+
 def _open(source: ImageLike) -> tuple[Image.Image, Image.Transpose | None]:
     """Open an image, not decoded yet, and return it with the transpose that turns it upright.
 
-    Raises ValueError for a decompression bomb.
+    Raises ValueError for a decompression bomb, and for a pipe or a device.
     """
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+    _check_regular(source)
+    image = source if isinstance(source, Image.Image) else Image.open(source, formats=raster_formats())
     if image is not source and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
     return image, ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
