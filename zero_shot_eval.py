@@ -92,6 +92,8 @@ def evaluate_classes(
     names = args.templates or ["openai" if args.dataset_type == "imagenet" else "single"]
     templates = read_templates(names)
     print(f"{clip.source} on {dataset.title}: {len(dataset.images):,} images of {len(dataset.classnames):,} classes")
+    for note in dataset.notes:
+        print(f"note: {one_line(note)}")
     classifier = clip.build_classifier(dataset.classnames, templates)
     indices, image_features, failures = clip.encode_readable(
         dataset.images, batch_size=args.batch_size, num_workers=args.num_workers, show_progress=True
@@ -101,6 +103,7 @@ def evaluate_classes(
     accuracy = zero_shot_accuracy(image_features, labels, classifier)
     classes = list(zip(dataset.class_ids, dataset.classnames, strict=True))
     protocol = {"templates": names, "num_templates": len(templates), "skipped_images": len(failures)}
+    protocol["notes"] = list(dataset.notes)
     return write_classification(stem, dataset.title, classes, accuracy, {"checkpoint": clip.source, **protocol})
 
 

@@ -228,8 +228,7 @@ def csv_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
 def folder_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
     """Yield the images of a folder and its subfolders, with the lines of the .txt file beside each one."""
     folder = Path(annotations.spec.img_dir)
-    folders = [folder, *(path for path in folder.rglob("*/") if path.is_dir() and "__MACOSX" not in path.parts)]
-    for file in sorted(image for path in folders for image in list_images(path)):
+    for file in list_images(folder, nested=True):
         name, lines = str(file.relative_to(folder)), []
         with contextlib.suppress(OSError):
             lines = file.with_suffix(".txt").read_bytes().splitlines()

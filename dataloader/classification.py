@@ -19,6 +19,7 @@ IMAGENET = {  # by the name of the folder in lower case; any other name is the v
     "imagenetv2-matched-frequency-format-val": "ImageNetV2",
 }
 NUMBERED_FOLDER = re.compile(r"n\d{8}|\d+")  # WordNet ids (ImageNet), class indices (ImageNetV2)
+NUMBERED_NAME = re.compile(r"(?:n\d{8}|\d+)[-._ ]+(\D.*)")  # n02085620-Chihuahua, 001.Black_footed_Albatross
 
 
 class ClassificationSet(NamedTuple):
@@ -29,6 +30,7 @@ class ClassificationSet(NamedTuple):
     classnames: list[str]  # may repeat
     class_ids: list[str]  # unique: WordNet ids, or the names in the data set or of the folders
     title: str = ""
+    notes: Sequence[str] = ()  # what a reader of the results should know: changed names, what was left out
 
 
 def load_cifar(data_dir: Path) -> ClassificationSet:
@@ -77,8 +79,14 @@ def load_imagenet(data_dir: Path) -> ClassificationSet:
                 f"name of the folder selects the data set: {', '.join(IMAGENET)}, or any other for ImageNet val"
             )
         folders[folder] = labels[class_id]
+    notes = []
+    if title == "ImageNet val" and re.search(r"imagenet-?[ar]\b|sketch|v2", data_dir.resolve().name.lower()):
+        notes.append(
+            f"scored as ImageNet val, over 1,000 classes; for a variant rename the folder: {', '.join(IMAGENET)}"
+        )
     classnames = [names[class_id] for class_id in class_ids]
-    return _read_images(data_dir, "--data_dir", folders, ClassificationSet([], [], classnames, class_ids, title))
+    empty = ClassificationSet([], [], classnames, class_ids, title, notes)
+    return _read_images(data_dir, "--data_dir", folders, empty)
 
 
 def load_class_folders(
@@ -86,22 +94,29 @@ def load_class_folders(
 ) -> ClassificationSet:
     """Read a folder with one subfolder per class. A class has the name of its folder, with underscores as spaces.
 
-    `classnames` replaces the names, in the sorted order of the folders. `flag`: how messages name `data_dir`. Raises
-    UserError if there is no folder or no image, or if all folders are numbered and `classnames` is not given.
+    A number or WordNet id before every name is not part of the names. `classnames` replaces the names, in the sorted
+    order of the folders; folders that are only numbered are in numerical order. `flag`: how messages name `data_dir`.
+    Raises UserError if there is no folder or no image, or if all folders are numbered and `classnames` is not given.
     """
-    folders = _class_folders(data_dir, flag)
+    folders, notes = _class_folders(data_dir, flag), []
     if classnames is None:
         if all(NUMBERED_FOLDER.fullmatch(folder.name) for folder in folders):
             raise UserError(
                 f"{flag} {data_dir}: its folders are named by numbers or ids (e.g. {folders[0].name}), not by class; "
                 "rename them, or evaluate with --class_names FILE, one name per line in the sorted order of the folders"
             )
-        classnames = [folder.name.replace("_", " ") for folder in folders]
+        matches = [NUMBERED_NAME.fullmatch(folder.name) for folder in folders]
+        classnames = [match[1] for match in matches if match]
+        if len(set(classnames)) == len(folders):
+            notes.append(f"classes are named without their numbers (e.g. {folders[0].name} is {classnames[0]!r})")
+        else:
+            classnames = [folder.name for folder in folders]
+        classnames = [name.replace("_", " ") for name in classnames]
     if len(classnames) != len(folders):
         raise UserError(f"--class_names: {len(classnames)} names for the {len(folders)} folders of {data_dir}")
     labels = {folder: label for label, folder in enumerate(folders)}
     class_ids, title = [folder.name for folder in folders], data_dir.resolve().name
-    return _read_images(data_dir, flag, labels, ClassificationSet([], [], list(classnames), class_ids, title))
+    return _read_images(data_dir, flag, labels, ClassificationSet([], [], list(classnames), class_ids, title, notes))
 
 
 def _class_folders(data_dir: Path, flag: str) -> list[Path]:
@@ -109,6 +124,8 @@ def _class_folders(data_dir: Path, flag: str) -> list[Path]:
         raise UserError(f"{flag} {data_dir}: the folder does not exist; check the path")
     names = (entry for entry in data_dir.iterdir() if not entry.name.startswith((".", "__MACOSX")))
     folders = sorted(entry for entry in names if entry.is_dir())
+    if all(folder.name.isdecimal() for folder in folders):
+        folders.sort(key=lambda folder: int(folder.name))
     if not folders:
         raise UserError(f"{flag} {data_dir}: contains no folder; it should contain one folder of images per class")
     return folders
@@ -117,12 +134,19 @@ def _class_folders(data_dir: Path, flag: str) -> list[Path]:
 def _read_images(
     data_dir: Path, flag: str, label_of_folder: dict[Path, int], empty: ClassificationSet
 ) -> ClassificationSet:
-    images, labels = [], []
+    images, labels, others, notes = [], [], [], list(empty.notes)
     for folder, label in label_of_folder.items():
-        files = list_images(folder)
+        files = list_images(folder, nested=True)
         images += files
+        rest = {file for file in folder.rglob("[!.]*") if file.is_file()} - set(files)
+        others += sorted(file for file in rest if "__MACOSX" not in file.parts)
         labels += [label] * len(files)
     if not images:
         suffixes = ", ".join(sorted(image_suffixes()))
         raise UserError(f"{flag} {data_dir}: its folders contain no image ({suffixes})")
-    return empty._replace(images=images, labels=labels)
+    found = set(labels)
+    if without := [folder.name for folder, label in label_of_folder.items() if label not in found]:
+        notes.append(f"{len(without)} class folders contain no image (e.g. {without[0]})")
+    if others:
+        notes.append(f"{len(others):,} files in the class folders are not images (e.g. {others[0].name})")
+    return empty._replace(images=images, labels=labels, notes=notes)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from dataloader.classification import load_cifar, load_class_folders
+from dataloader.classification import load_cifar, load_class_folders, load_imagenet
 from utils.errors import UserError
 from utils.images import find_images
 
@@ -95,3 +95,49 @@ def test_macos_leftovers_are_no_classes_and_no_images(tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "cat/._1.png")
     found = load_class_folders(tmp_path)
     assert found.classnames == ["cat", "dog"] and len(found.images) == 2
+
+
+def make_classes(folder: Path, *names: str) -> Path:
+    """Write pictures of these names; return the folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def test_numbered_folders_take_their_names_in_numerical_order(tmp_path: Path):
+    make_classes(tmp_path, *(f"{number}/{k}.png" for number in range(12) for k in range(number + 1)))
+    found = load_class_folders(tmp_path, [f"name{number}" for number in range(12)])
+    assert [found.labels.count(label) for label in range(12)] == list(range(1, 13))
+    assert found.classnames[10] == "name10" and found.class_ids[10] == "10"
+
+
+@pytest.mark.parametrize(
+    ("folders", "classnames"),
+    [
+        (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), ["Chihuahua", "Japanese spaniel"]),
+        (("001.Black_footed_Albatross", "002.ak47"), ["Black footed Albatross", "ak47"]),
+        (("1-room", "2-room"), ["1-room", "2-room"]),  # without their numbers two classes would be one
+        (("747-cockpit", "tram"), ["747-cockpit", "tram"]),  # a number that only one class has is part of its name
+    ],
+)
+def test_a_number_before_every_name_is_no_part_of_it(tmp_path: Path, folders, classnames):
+    found = load_class_folders(make_classes(tmp_path, *(f"{folder}/1.png" for folder in folders)))
+    assert found.classnames == classnames and found.class_ids == list(folders)
+    assert any(folders[0] in note for note in found.notes) == (classnames[0] != folders[0])
+
+
+def test_nested_images_count_and_what_is_left_out_is_noted(tmp_path: Path):
+    make_classes(tmp_path, "bird/images/1.png", "bird/2.png", "cat/1.png", "cat/__MACOSX/3.png")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "cat/list.txt").touch()
+    found = load_class_folders(tmp_path)
+    assert found.labels == [0, 0, 1] and found.classnames == ["bird", "cat", "dog"]
+    assert any("1 class folders" in note and "dog" in note for note in found.notes)
+    assert any("not images" in note and "list.txt" in note for note in found.notes)
+
+
+def test_a_variant_of_imagenet_under_another_name_is_noted(tmp_path: Path):
+    found = load_imagenet(make_classes(tmp_path / "imagenet-a-mini", "n01498041/1.png"))
+    assert found.title == "ImageNet val" and any("1,000 classes" in note for note in found.notes)
+    assert not load_imagenet(make_classes(tmp_path / "val", "n01498041/1.png")).notes[:-1]  # empty classes alone

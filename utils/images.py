@@ -163,10 +163,14 @@ def find_images(folder: Path) -> list[Path]:
     return images
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return the files of a folder that have an image's suffix, sorted; not macOS's `._NAME` companions of files."""
-    files = (file for file in folder.iterdir() if not file.name.startswith("._"))
-    return sorted(file for file in files if file.suffix.lower() in image_suffixes() and file.is_file())
+def list_images(folder: Path, *, nested: bool = False) -> list[Path]:
+    """Return the files of a folder, if `nested` of its subfolders too, that have an image's suffix, sorted.
+
+    macOS's leftovers, `__MACOSX` and `._NAME`, are not among them.
+    """
+    files = (file for file in (folder.rglob("*") if nested else folder.iterdir()) if not file.name.startswith("._"))
+    files = (file for file in files if file.suffix.lower() in image_suffixes() and file.is_file())
+    return sorted(file for file in files if "__MACOSX" not in file.relative_to(folder).parts)
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from trainer.run.checkpoint import TrainState, list_checkpoints
 from trainer.run.folder import RunFolder
 from trainer.schedule import Schedule
 from utils.retrieval import format_metrics
+from utils.text import one_line
 
 
 def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: OpenedData) -> str:
@@ -35,6 +36,9 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
         f"{schedule.warmup_steps:,} of them warmup",
         "optimizer": f"{optimizer.type}, peak lr {optimizer.params.lr:g}, weight decay {weight_decay:.3g}",
     }
+    if data.classes:
+        sizes = f"{len(data.classes.images):,} images of {len(data.classes.classnames):,} classes"
+        rows["zero-shot"] = one_line("; ".join([sizes, *data.classes.notes]))
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 
 
