@@ -28,12 +28,12 @@ from trainer.loss import build_objective
 from trainer.optim import build_optimizer, clip_logit_scale, take_step
 from trainer.optional.accumulation import backward_in_chunks
 from trainer.parallel import init_runtime, without_sync, wrap
+from trainer.run import summary
 from trainer.run.checkpoint import CheckpointWriter, TrainState, find_checkpoint, restore
 from trainer.run.configs import load_configs
 from trainer.run.folder import open_run_folder
 from trainer.run.logger import RunLogger
 from trainer.run.stop_signal import StopSignal
-from trainer.run.summary import describe_results, describe_run, training_row
 from trainer.run.train_meter import SpeedMeter
 from trainer.run.validation import Validation
 from trainer.schedule import Schedule, make_sampler
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     with (
         open_run_folder(args.output_dir, config, args.resume, is_main=runtime.is_main) as folder,
         RunLogger(folder.logs, append=args.resume is not None, enabled=runtime.is_main) as logger,
+        summary.explain_out_of_memory(config, runtime),
     ):
         # the contents of the checkpoint to resume, or None; rank 0 reads it for all
         checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger))
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         state = TrainState(model, optimizer, scaler, configs)
         if checkpoint:
             restore(state, checkpoint, runtime, logger)
+            del checkpoint  # 1.2 GB of an RN50
         logger.drop_rows_after(state.global_step)
         schedule = Schedule(config, sampler, state.global_step)
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         validation = Validation(data, state, schedule, runtime)
         writer = CheckpointWriter(folder.checkpoints, model, config, runtime, logger)
         speed = SpeedMeter(loader, schedule.pairs_per_step, state.global_step)
-        logger.info(describe_run(schedule, runtime, state, data))
+        logger.info(summary.describe_run(schedule, runtime, state, data))
         logger.log_config(configs)
         validation.warn_if_trained_on(data.train, logger)
 
@@ -94,16 +96,18 @@ def main(argv: list[str] | None = None) -> None:
             unit="step",
             disable=None if runtime.is_main else True,
         )
-        with StopSignal(args.time_limit, start) as stop, bar:
+        with StopSignal(args.time_limit, start) as stop, bar, writer:
             if validation.is_due():  # a stop postponed it
                 validate(state, validation, writer, logger)
             while state.epoch < config.num_train_epochs and not stop.reason:
                 for grad_norm in train_one_epoch(state, parallel_model, batches, objective, schedule):
                     bar.update()
+                    if state.global_step == schedule.first_step + 1:
+                        logger.info(summary.describe_memory(config, runtime))
                     stop_now = stop.requested(runtime, writer.expected_seconds)  # the same on all ranks
                     if schedule.is_due(config.logging_steps, state.global_step):
                         state.meter.check_skipped(config.max_skipped_steps, logger)
-                        row = training_row(state, grad_norm, speed.read(state.global_step), runtime)
+                        row = summary.training_row(state, grad_norm, speed, runtime)
                         state.meter.reset()
                         logger.log_training(row, schedule.seconds_left(state.global_step, row["pairs_per_second"]), bar)
                         if advice := speed.advice(row):
@@ -121,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.info(f"stopped by {stop.reason} after step {state.global_step}; continue with --resume auto")
         elif runtime.is_main:
             curve = logger.draw_loss_curve(schedule.pairs_per_loss)
-            logger.info(describe_results(folder, curve, data, validation.metrics))
+            logger.info(summary.describe_results(folder, curve, data, validation.metrics))
     runtime.close(stop.exit_status)
 
 

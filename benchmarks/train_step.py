@@ -3,13 +3,15 @@
 python -m benchmarks.train_step [--device cpu] [--model RN50] [--batch 16] [--json FILE] [--png FILE]
 
 The captions are COCO's if CLIP_TEST_DATA has them, or else texts of the same lengths. Rows:
-  open_clip         its model of the same sizes, its loss, AdamW; on a GPU amp_bf16; texts padded to 77 tokens
-  open_clip_best    the same with channels_last, fused AdamW, and on a GPU torch.compile
+  open_clip         its model of the same sizes, its loss, AdamW, its default precision: fp16 with a scaler on a GPU,
+                    fp32 on a CPU; texts padded to 77 tokens
+  open_clip_bf16    the same in bfloat16, on a CPU that computes in it
+  open_clip_best    open_clip with bfloat16 where it is native, channels_last, fused AdamW, and on a GPU torch.compile
   reference         OpenAI's computation: float32, texts padded to 77 tokens, every query of attention pooling, NCHW,
                     unfused AdamW; open_clip's classes keep it, so on a CPU this row is nearly open_clip's
-  project           the step of train.py; on a GPU bf16
-  project_compiled  with compile: true (on a GPU, or with --compile)
-  without_...       the project's step without one saving: texts trimmed to the batch, the last text layer at one
+  project           the loop of train.py with `precision: auto`
+  project_...       the same with another precision, compiled, or with activation checkpointing
+  without_...       the project's loop without one saving: texts trimmed to the batch, the last text layer at one
                     position only, folded attention pooling, channels_last, fused AdamW; or without all of them
 """
 
@@ -19,28 +21,60 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/train_step.py` from any folder
 
-from benchmarks.common import Row, add_output_flags, measure_rates, report
+from benchmarks.common import add_output_flags, measure_rates, report, to_rows
+from dataloader.sampler import Batch
 from model import CLIP, CLIPConfig, load_model_config
 from model.resnet import AttentionPool2d
 from model.transformer import Transformer
-from trainer.loss import contrastive_loss
+from train import train_one_epoch
+from trainer.config import load_train_config
+from trainer.loss import build_objective
+from trainer.optim import build_optimizer
+from trainer.parallel import Runtime, choose_precision, wrap
+from trainer.run.checkpoint import TrainState
+from trainer.run.configs import Configs
+from trainer.schedule import Schedule, make_sampler
+from utils.device import has_native_bf16
 from utils.errors import UserError, run_script
 from utils.tokenizer import get_tokenizer
 
 # Percentage of COCO's captions (val2017) with 10, 11, ... tokens, including both markers.
 LENGTH_SHARES = (4, 12, 20, 19, 15, 10, 7, 4, 3, 2, 1, 1, 1, 1)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STEPS_PER_CALL = 5  # on a GPU, which the host waits for only after them, as in a run
+MANY_STEPS = 1_000_000
 Step = Callable[[], int]
+
+
+class Inputs(NamedTuple):
+    """A batch on its device: images float32 [batch, 3, size, size], tokens int64 [batch, length]."""
+
+    images: Tensor
+    tokens: Tensor
+
+    @property
+    def steps_per_call(self) -> int:
+        """Number of steps between two synchronizations."""
+        return STEPS_PER_CALL if self.images.is_cuda else 1
+
+
+def make_inputs(config: CLIPConfig, batch_size: int, device: torch.device) -> Inputs:
+    """Return noise with captions as long as COCO's."""
+    size = config.image_resolution
+    return Inputs(torch.randn(batch_size, 3, size, size, device=device), make_tokens(batch_size).to(device))
 
 
 def make_tokens(count: int) -> Tensor:
@@ -57,94 +91,91 @@ def make_tokens(count: int) -> Tensor:
     return get_tokenizer()([captions[number] for number in chosen])
 
 
-def padded(tokens: Tensor) -> Tensor:
-    """Pad token ids to [count, 77]."""
-    return F.pad(tokens, (0, 77 - tokens.shape[1]))
+def padded(inputs: Inputs) -> Inputs:
+    """Pad the texts to 77 tokens."""
+    return inputs._replace(tokens=F.pad(inputs.tokens, (0, 77 - inputs.tokens.shape[1])))
 
 
-def make_step(
-    model: nn.Module,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    tokens: Tensor,
-    *,
-    is_fused: bool,
-    has_amp: bool,
-) -> Step:
-    """Return a function that trains one step and returns its number of pairs."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=is_fused, foreach=False)
-    model.train()
+def repeated(inputs: Inputs, steps: Iterable, *, tf32: bool = False, cudnn_tf32: bool = False) -> Step:
+    """Return a function that takes some of the `steps` under these switches of cuDNN and returns its pairs."""
+    endless = iter(steps)
 
-    def step() -> int:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=has_amp):
-            loss = loss_of(images, tokens)
-        loss.backward()
-        optimizer.step()
-        if images.is_cuda:
+    def run() -> int:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, tf32 or cudnn_tf32
+        for _ in range(inputs.steps_per_call):
+            next(endless)
+        if inputs.images.is_cuda:
             torch.cuda.synchronize()
-        return len(images)
+        return inputs.steps_per_call * len(inputs.images)
 
-    return step
+    return run
 
 
 def project_step(
     config: CLIPConfig,
-    images: Tensor,
-    tokens: Tensor,
+    inputs: Inputs,
+    precision: str = "auto",
     *,
-    has_amp: bool,
     is_fused: bool = True,
     channels_last: bool = True,
-    is_compiled: bool = False,
-) -> Step:
-    """Return the project's step. Without `channels_last` the images keep their memory format."""
-    model = CLIP(config).to(images.device)
+    **settings: object,
+) -> tuple[Step, CLIP]:
+    """Return train.py's loop on one batch, and its model. `settings` are keys of train_config.yaml."""
+    images, device = inputs.images, inputs.images.device
+    keys = {"per_gpu_train_batch_size": len(images), "num_train_epochs": 1, "optimizer.params.lr": 1e-5}
+    trainer = load_train_config(keys | settings)
+    precision, _ = choose_precision(precision, device)
+    runtime = Runtime(device, num_devices=1, precision=precision)
+    model = CLIP(config).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     else:
         model.encode_image = model.visual
-    if is_compiled:
-        model.compile()
+    if trainer.activation_checkpointing:
+        model.recompute_activations()
+    optimizer = build_optimizer(model, trainer.optimizer, steps_per_epoch=1)
+    if not is_fused:
+        optimizer = torch.optim.AdamW(optimizer.param_groups, foreach=None if images.is_cuda else False)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    state = TrainState(model, optimizer, scaler, Configs(config, trainer, None))
+    schedule = Schedule(trainer, make_sampler(MANY_STEPS * len(images), trainer, runtime), 0)
+    batches = repeat(Batch(images, inputs.tokens, torch.arange(len(images)), np.empty(0), []))
+    objective = build_objective(model, trainer, None)
+    steps = train_one_epoch(state, wrap(model, runtime, trainer), batches, objective, schedule)
+    return repeated(inputs, steps, tf32=precision == "tf32"), model
 
-    def loss_of(images: Tensor, tokens: Tensor) -> Tensor:
-        return contrastive_loss(*model(images, tokens), model.logit_scale.exp())[0]
 
-    return make_step(model, loss_of, images, tokens, is_fused=is_fused, has_amp=has_amp)
-
-
-def open_clip_step(config: CLIPConfig, images: Tensor, tokens: Tensor, *, has_amp: bool, is_best: bool) -> Step:
-    """Return open_clip's step on a model of the same sizes."""
+def open_clip_step(config: CLIPConfig, inputs: Inputs, precision: str, *, is_best: bool = False) -> Step:
+    """Return open_clip's step on a model of the same sizes, and with texts of 77 tokens."""
     from open_clip import model as peer
     from open_clip.loss import ClipLoss
 
-    layers = list(config.vision_layers) if config.is_resnet else config.vision_layers
-    vision = peer.CLIPVisionCfg(
-        layers=layers,
-        width=config.vision_width,
-        patch_size=config.vision_patch_size,
-        image_size=config.image_resolution,
-    )
-    text = peer.CLIPTextCfg(
-        context_length=config.context_length,
-        vocab_size=config.vocab_size,
-        width=config.transformer_width,
-        heads=config.transformer_heads,
-        layers=config.transformer_layers,
-    )
-    model = peer.CLIP(config.embed_dim, vision, text, quick_gelu=True).to(images.device)
+    from model.export import open_clip_config
+
+    images, tokens = padded(inputs)
+    model = peer.CLIP(**open_clip_config(config)).to(images.device).train()
     if is_best:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
         if images.is_cuda:
             model.compile()
+    switches = {"fused": True} if is_best else {"foreach": None if images.is_cuda else False}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, **switches)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=precision == "fp16")
     criterion = ClipLoss()
 
-    def loss_of(images: Tensor, tokens: Tensor) -> Tensor:
-        image_features, text_features, logit_scale = model(images, tokens)[:3]
-        return criterion(image_features, text_features, logit_scale)
+    def steps() -> Iterable[None]:
+        while True:
+            optimizer.zero_grad()
+            with torch.autocast(images.device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES):
+                loss = criterion(*model(images, tokens)[:3])
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            yield
 
-    return make_step(model, loss_of, images, padded(tokens), is_fused=is_best, has_amp=has_amp)
+    return repeated(inputs, steps(), cudnn_tf32=True)  # cuDNN's default
 
 
 def pool_unfolded(self: AttentionPool2d, x: Tensor) -> Tensor:
@@ -179,12 +210,82 @@ def patched(step: Step, owner: type, forward: Callable) -> Step:
     return run
 
 
-def matmul_speed(device: torch.device, has_amp: bool) -> float:
+def builders(config: CLIPConfig, inputs: Inputs) -> dict[str, Callable[[], Step]]:
+    """Return a function for each row that builds its step."""
+    device, short, long = inputs.images.device, inputs, padded(inputs)
+    has_gpu, has_bf16 = device.type == "cuda", has_native_bf16(device)
+
+    def peer(precision: str, is_best: bool = False) -> Callable[[], Step]:
+        return lambda: open_clip_step(config, inputs, precision, is_best=is_best)
+
+    def project(inputs: Inputs = short, **changes: object) -> Callable[[], Step]:
+        return lambda: project_step(config, inputs, **changes)[0]
+
+    def with_forward(step: Callable[[], Step], *patches: tuple[type, Callable]) -> Callable[[], Step]:
+        def build() -> Step:
+            patched_step = step()
+            for owner, forward in patches:
+                patched_step = patched(patched_step, owner, forward)
+            return patched_step
+
+        return build
+
+    bare = project(long, is_fused=False, channels_last=False)
+    pooling, positions = (AttentionPool2d, pool_unfolded), (Transformer, all_positions)
+    rows = {
+        "open_clip": peer("fp16" if has_gpu else "fp32"),
+        "open_clip_bf16": peer("bf16"),
+        "open_clip_best": peer("bf16" if has_bf16 else "fp32", is_best=True),
+        "reference": peer("fp32"),
+        "project": project(),
+        "project_fp32": project(precision="fp32"),
+        "project_tf32": project(precision="tf32"),
+        "project_fp16": project(precision="fp16"),
+        "project_compiled": project(compile=True),
+        "project_checkpointing": project(activation_checkpointing=True),
+        "without_trimming": project(long),
+        "without_single_position": with_forward(project(), positions),
+        "without_folding": with_forward(project(), pooling),
+        "without_channels_last": project(channels_last=False),
+        "without_fused_adamw": project(is_fused=False),
+        "without_all_of_these": with_forward(bare, pooling, positions),
+    }
+    if not config.is_resnet:
+        del rows["without_folding"]
+    if not has_bf16:
+        del rows["open_clip_bf16"], rows["project_fp32"]  # the rows of these names without it
+    if not has_gpu:
+        del rows["project_tf32"], rows["project_fp16"], rows["project_compiled"], rows["project_checkpointing"]
+    return rows
+
+
+class Measured(NamedTuple):
+    """The rates of each row in each round, in pairs per second, and on a GPU its peak memory in GiB."""
+
+    rates: dict[str, list[float]]
+    memory: dict[str, float]
+
+
+def measure_steps(rows: dict[str, Callable[[], Step]], *, seconds: float, rounds: int) -> Measured:
+    """Build the steps and let them take turns. A row's memory is its own: other rows' weights are not counted."""
+    steps, memory = {}, {}
+    for name, build in rows.items():
+        if not torch.cuda.is_available():
+            steps[name] = build()
+            continue
+        before = torch.cuda.memory_allocated()
+        steps[name] = build()
+        steps[name]()  # once before: cuDNN's search for the fastest algorithm takes memory
+        torch.cuda.reset_peak_memory_stats()
+        steps[name]()
+        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return Measured(measure_rates(steps, seconds=seconds, rounds=rounds), memory)
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product on this device."""
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (
-        torch.randn(size, size, device=device, dtype=torch.bfloat16 if has_amp else torch.float32) for _ in range(2)
-    )
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(8):
         start = time.perf_counter()
@@ -202,70 +303,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="pairs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="per row and round, at least one step")
-    parser.add_argument("--compile", action="store_true", help="measure a compiled row on a CPU too")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="measure these alone, and open_clip")
     add_output_flags(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
-    config, has_amp = load_model_config({"name": args.model}), device.type == "cuda"
+    torch.backends.cudnn.benchmark = True  # as train.py and open_clip do
+    config = load_model_config({"name": args.model})
     torch.manual_seed(0)
-    images = torch.randn(args.batch, 3, config.image_resolution, config.image_resolution, device=device)
-    tokens = make_tokens(args.batch).to(device)
+    inputs = make_inputs(config, args.batch, device)
+    rows = builders(config, inputs)
+    unknown = set(args.rows or ()) - set(rows)
+    if unknown:
+        raise UserError(f"--rows {min(unknown)}: this machine has the rows {', '.join(rows)}")
+    rows = {name: rows[name] for name in rows if not args.rows or name in ("open_clip", *args.rows)}
+    measured = measure_steps(rows, seconds=args.seconds, rounds=args.rounds)
+    title = f"A training step, {args.model}, {args.batch} pairs of at most {inputs.tokens.shape[1]} tokens"
+    report(to_rows(measured.rates, "pairs/s"), title, args)
 
-    def project(tokens: Tensor = tokens, **changes: bool) -> Step:
-        return project_step(config, images, tokens, has_amp=has_amp, **changes)
-
-    bare = project(padded(tokens), is_fused=False, channels_last=False)
-    rows = {
-        "open_clip": open_clip_step(config, images, tokens, has_amp=has_amp, is_best=False),
-        "open_clip_best": open_clip_step(config, images, tokens, has_amp=has_amp, is_best=True),
-        "reference": open_clip_step(config, images, tokens, has_amp=False, is_best=False),
-        "project": project(),
-        "without_trimming": project(padded(tokens)),
-        "without_single_position": patched(project(), Transformer, all_positions),
-        "without_folding": patched(project(), AttentionPool2d, pool_unfolded),
-        "without_channels_last": project(channels_last=False),
-        "without_fused_adamw": project(is_fused=False),
-        "without_all_of_these": patched(patched(bare, AttentionPool2d, pool_unfolded), Transformer, all_positions),
-    }
-    if args.compile or device.type == "cuda":
-        rows["project_compiled"] = project(is_compiled=True)
-    if not config.is_resnet:
-        del rows["without_folding"]
-
-    memory = {}
-    for name, step in rows.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step()
-        memory[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    rates = measure_rates(rows, seconds=args.seconds, rounds=args.rounds)
-    base = rates["open_clip"]
-    table = [
-        Row(
-            name,
-            statistics.median(values),
-            "pairs/s",
-            statistics.median(a / b for a, b in zip(values, base, strict=True)),
-        )
-        for name, values in rates.items()
-    ]
-    report(table, f"A training step, {args.model}, {args.batch} pairs of at most {tokens.shape[1]} tokens", args)
-
-    with FlopCounterMode(display=False) as counter:
-        rows["project"]()
-    per_pair = counter.get_total_flops() / args.batch
-    limit, speed = matmul_speed(device, has_amp), statistics.median(rates["project"])
-    print(
-        f"\nproject: {per_pair / 1e9:.1f} GFLOP per pair, {per_pair * speed / 1e9:.0f} GFLOP/s, "
-        f"{per_pair * speed / limit:.0%} of the {limit / 1e9:.0f} GFLOP/s of a matrix product on this device"
-    )
-    if device.type == "cuda":
+    if "project" in rows:
+        with FlopCounterMode(display=False) as counter:
+            pairs = rows["project"]()()
+        per_pair, dtype = counter.get_total_flops() / pairs, DTYPES.get(choose_precision("auto", device)[0])
+        limit, speed = matmul_speed(device, dtype or torch.float32), statistics.median(measured.rates["project"])
         print(
-            "peak memory in GiB, including the parameters of all rows: "
-            + ", ".join(f"{n} {m:.1f}" for n, m in memory.items())
+            f"\nproject: {per_pair / 1e9:.1f} GFLOP per pair, {per_pair * speed / 1e9:.0f} GFLOP/s, "
+            f"{per_pair * speed / limit:.0%} of the {limit / 1e9:.0f} GFLOP/s of a matrix product on this device"
         )
+    if measured.memory:
+        print("peak memory in GiB: " + ", ".join(f"{name} {gib:.1f}" for name, gib in measured.memory.items()))
 
 
 if __name__ == "__main__":

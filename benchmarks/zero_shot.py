@@ -1,4 +1,4 @@
-"""Images and prompts per second of a zero-shot evaluation, for this project and its peers.
+"""Images and prompts per second of a zero-shot evaluation, for this project and its peers, on a GPU if there is one.
 
 python -m benchmarks.zero_shot [--model RN50] [--img_dir DIR] [--json FILE] [--png FILE]
 
@@ -33,6 +33,7 @@ from benchmarks.common import Row, add_output_flags, find_test_data, measure_rat
 from model import CLIP, TrainedCLIP, load_model_config
 from model.export import open_clip_config
 from utils import imagenet
+from utils.device import choose_device
 from utils.errors import run_script
 from utils.images import ImageLike, find_images, load_image, normalize, to_tensor
 
@@ -65,11 +66,12 @@ def image_rows(clip: TrainedCLIP, peer: nn.Module, images: list[ImageLike], num_
     crop, finish = transforms.CenterCrop(size), [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     one_by_one = Preprocessed(images, transforms.Compose([resize, crop, to_rgb, *finish]))
     indices = cycle(range(len(images)))
+    device = clip.model.logit_scale.device
     first_batch = [to_tensor(load_image(image, size)) for image in images[:BATCH_SIZE]]
-    prepared = normalize(torch.stack(first_batch), MEAN, STD)
+    prepared = normalize(torch.stack(first_batch), MEAN, STD).to(device)
 
     def reference() -> int:
-        F.normalize(peer.encode_image(one_by_one[next(indices)][None]), dim=-1)
+        F.normalize(peer.encode_image(one_by_one[next(indices)][None].to(device)), dim=-1).cpu()
         return 1
 
     def project() -> int:
@@ -78,10 +80,10 @@ def image_rows(clip: TrainedCLIP, peer: nn.Module, images: list[ImageLike], num_
 
     def peers() -> int:
         loader = DataLoader(Preprocessed(images, preprocess), batch_size=BATCH_SIZE, num_workers=num_workers)
-        return sum(len(peer.encode_image(batch, normalize=True)) for batch in loader)
+        return sum(len(peer.encode_image(batch.to(device), normalize=True).cpu()) for batch in loader)
 
     def bare_forward() -> int:
-        return len(F.normalize(clip.model.encode_image(prepared), dim=-1))
+        return len(F.normalize(clip.model.encode_image(prepared), dim=-1).cpu())
 
     def bare_loading() -> int:
         to_tensor(load_image(images[next(indices)], size))
@@ -101,11 +103,12 @@ def text_rows(clip: TrainedCLIP, peer: nn.Module, texts: list[str]) -> dict[str,
     tokenizer = open_clip.get_tokenizer("RN50")
     ordered = sorted(texts, key=len)
     starts = range(0, len(texts), TEXT_BATCH_SIZE)
-    prepared = [clip.model.tokenize(ordered[start : start + TEXT_BATCH_SIZE]) for start in starts]
+    device = clip.model.logit_scale.device
+    prepared = [clip.model.tokenize(ordered[start : start + TEXT_BATCH_SIZE]).to(device) for start in starts]
     endless = cycle(texts)
 
     def reference() -> int:
-        F.normalize(peer.encode_text(tokenizer([next(endless)])), dim=-1)
+        F.normalize(peer.encode_text(tokenizer([next(endless)]).to(device)), dim=-1).cpu()
         return 1
 
     def project() -> int:
@@ -113,11 +116,11 @@ def text_rows(clip: TrainedCLIP, peer: nn.Module, texts: list[str]) -> dict[str,
 
     def peers() -> int:
         for start in starts:
-            peer.encode_text(tokenizer(texts[start : start + TEXT_BATCH_SIZE]), normalize=True)
+            peer.encode_text(tokenizer(texts[start : start + TEXT_BATCH_SIZE]).to(device), normalize=True).cpu()
         return len(texts)
 
     def bare_forward() -> int:
-        return sum(len(F.normalize(clip.model.encode_text(tokens), dim=-1)) for tokens in prepared)
+        return sum(len(F.normalize(clip.model.encode_text(tokens), dim=-1).cpu()) for tokens in prepared)
 
     return {"reference": reference, "project": project, "open_clip": peers, "bare_forward": bare_forward}
 
@@ -137,6 +140,40 @@ def photographs(img_dir: Path | None) -> list[Path]:
 
 
 @torch.no_grad()
+def measure(
+    name: str,
+    device: torch.device,
+    *,
+    img_dir: Path | None = None,
+    num_images: int = 2048,
+    num_texts: int = 2048,
+    num_workers: int = 4,
+    seconds: float,
+    rounds: int,
+) -> list[Row]:
+    """Return the rows of the three tables for the architecture `name` with random weights."""
+    torch.manual_seed(0)
+    config = load_model_config([("name", name)])
+    clip = TrainedCLIP(CLIP(config).eval().to(device), MEAN, STD)
+    peer = open_clip.CLIP(**open_clip_config(config)).eval().to(device)
+    peer.load_state_dict(clip.model.state_dict())
+    files = (photographs(img_dir) * num_images)[:num_images]
+    names, templates = imagenet.classnames().values(), imagenet.templates("openai")
+    texts = [template.replace("{}", name) for name in names for template in templates][:: 80_000 // num_texts]
+    num_workers = min(num_workers, os.cpu_count() or 1)
+
+    tables = {
+        "images from memory": (image_rows(clip, peer, list(cifar_like(num_images)), num_workers), "images/s"),
+        "photographs from files": (image_rows(clip, peer, files, num_workers), "images/s"),
+        "prompts": (text_rows(clip, peer, texts), "prompts/s"),
+    }
+    rows: list[Row] = []
+    for title, (works, unit) in tables.items():
+        part = to_rows(measure_rates(works, seconds=seconds, rounds=rounds), unit)
+        rows += [row._replace(name=f"{title}: {row.name}") for row in part]
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="RN-small", metavar="NAME", help="default: %(default)s")
@@ -148,27 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     add_output_flags(parser)
     args = parser.parse_args(argv)
-
-    torch.manual_seed(0)
-    config = load_model_config([("name", args.model)])
-    clip = TrainedCLIP(CLIP(config).eval(), MEAN, STD)
-    peer = open_clip.CLIP(**open_clip_config(config)).eval()
-    peer.load_state_dict(clip.model.state_dict())
-    files = (photographs(args.img_dir) * args.num_images)[: args.num_images]
-    names, templates = imagenet.classnames().values(), imagenet.templates("openai")
-    texts = [template.replace("{}", name) for name in names for template in templates][:: 80_000 // args.num_texts]
-    num_workers = min(args.num_workers, os.cpu_count() or 1)
-
-    tables = {
-        "images from memory": (image_rows(clip, peer, list(cifar_like(args.num_images)), num_workers), "images/s"),
-        "photographs from files": (image_rows(clip, peer, files, num_workers), "images/s"),
-        "prompts": (text_rows(clip, peer, texts), "prompts/s"),
-    }
-    rows: list[Row] = []
-    for title, (works, unit) in tables.items():
-        part = to_rows(measure_rates(works, seconds=args.seconds, rounds=args.rounds), unit)
-        rows += [row._replace(name=f"{title}: {row.name}") for row in part]
-    report(rows, f"Zero-shot evaluation with {args.model}", args)
+    options = {key: value for key, value in vars(args).items() if key not in ("model", "json", "png")}
+    report(measure(args.model, choose_device(), **options), f"Zero-shot evaluation with {args.model}", args)
 
 
 if __name__ == "__main__":

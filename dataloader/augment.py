@@ -71,9 +71,9 @@ class Augmentation:
         """Flip images and jitter their colors, [batch, 3, size, size] in 0..255, on their device."""
         if not (self.flip or self.color_jitter):
             return images
-        draws = torch.from_numpy(draws).float().to(images.device, non_blocking=True)[:, :, None, None, None]
+        draws = torch.from_numpy(draws).float().to(images.device, non_blocking=True)
         if self.flip:
-            images = torch.where(draws[:, FLIP] < 0.5, images.flip(3), images)
+            images = torch.where(draws[:, FLIP, None, None, None] < 0.5, images.flip(3), images)
         return self._jitter(images.float(), draws) if self.color_jitter else images
 
     def mask_tokens(self, tokens: Tensor, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
@@ -84,14 +84,20 @@ class Augmentation:
         return drop_tokens(tokens, draws, self.token_dropout)
 
     def _jitter(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Scale brightness, contrast (about the mean grey of each image) and saturation by 1 +- color_jitter each."""
+        """Scale brightness, contrast (about the mean grey of each image) and saturation by 1 +- color_jitter each.
+
+        All three are linear in the color (red, green, blue), so one matrix and one offset per image do their work.
+        """
         factors = 1 + self.color_jitter * (2 * draws - 1)
-        luma = _on_device(LUMA, images.device).view(1, 3, 1, 1)
-        images = images * factors[:, BRIGHTNESS]
-        grey = (images * luma).sum(dim=1, keepdim=True)
-        images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, factors[:, CONTRAST])
-        grey = (images * luma).sum(dim=1, keepdim=True)
-        return torch.lerp(grey, images, factors[:, SATURATION]).clamp(0, 255)
+        brightness, contrast, saturation = (factors[:, row, None, None] for row in (BRIGHTNESS, CONTRAST, SATURATION))
+        luma = _on_device(LUMA, images.device)
+        mean_grey = (images.mean(dim=(2, 3)) @ luma)[:, None, None]
+        offset = (1 - contrast) * brightness * mean_grey  # contrast keeps the mean grey, and saturation keeps grey
+        to_grey = luma[:, None].expand(3, 3)  # maps a color to its grey
+        saturate = saturation * torch.eye(3, device=images.device) + (1 - saturation) * to_grey
+        colors = images.permute(0, 2, 3, 1).flatten(1, 2)  # [batch, pixels, 3], a view of channels_last memory
+        colors = torch.baddbmm(offset, colors, brightness * contrast * saturate).clamp_(0, 255)
+        return colors.unflatten(1, images.shape[2:]).permute(0, 3, 1, 2)
 
 
 def drop_tokens(tokens: Tensor, draws: np.ndarray, share: float) -> Tensor:

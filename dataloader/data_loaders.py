@@ -6,7 +6,6 @@ never changes the data.
 
 import copy
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,6 +25,7 @@ from dataloader.sources import EncodedImages, ImageSource
 from dataloader.storage.cache import open_cache
 from dataloader.storage.stream import ShardStream, StreamDataset
 from dataloader.token_table import TokenTable, random_numbers, tokenize
+from utils.device import IdleClock
 from utils.errors import UserError
 from utils.image_loader import Failure, start_worker, usable_workers
 from utils.images import UnreadableImageError
@@ -175,8 +175,8 @@ def open_dataset(
 class TrainLoader:
     """Iterate over the batches of a run on `device`, augmented and normalized, one batch ahead of the caller.
 
-    `wait_seconds` is the time spent waiting for data, and `advice` says how to shorten it, or is empty. Logs each
-    unreadable image once; raises UserError if there are more than `dataset.max_unreadable`.
+    `wait` sums the time that the device spent waiting for data, and `advice` says how to shorten it, or is empty. Logs
+    each unreadable image once; raises UserError if there are more than `dataset.max_unreadable`.
     """
 
     def __init__(
@@ -203,13 +203,17 @@ class TrainLoader:
         self.device = device
         self.logger = logger
         self.advice = dataset.advice
-        self.wait_seconds = 0.0
+        self.wait = IdleClock(device)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.dataset.source.note:
+            logger.info(self.dataset.source.note)
         self.unreadable: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         batches = islice(self.loader, self.num_batches)
         ahead = self._next(batches)
         while ahead is not None:
+            self._await_copy(ahead)
             batch, ahead = ahead, self._next(batches)  # the next batch is copied while this one is used
             images, augmentation = batch.images, self.dataset.augmentation
             if self.dataset.crop_on_device:
@@ -217,14 +221,23 @@ class TrainLoader:
             yield batch._replace(images=augmentation.finish(images, batch.draws))
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        self.wait_seconds += time.perf_counter() - start
+        with self.wait:
+            batch = next(batches, None)
         if batch is None:
             return None
         self._report(batch.failures)
-        images = self.dataset.source.to_device(batch.images, batch.indices, self.device)
-        return batch._replace(images=images, tokens=batch.tokens.to(self.device, non_blocking=True))
+        with torch.cuda.stream(self.copies):  # beside the computation; without a GPU this does nothing
+            images = self.dataset.source.to_device(batch.images, batch.indices, self.device)
+            tokens = batch.tokens.to(self.device, non_blocking=True)
+        return batch._replace(images=images, tokens=tokens)
+
+    def _await_copy(self, batch: Batch) -> None:
+        """Let the computation begin once the copy of the batch is complete, and keep its memory until it is used."""
+        if self.copies:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self.copies)
+            batch.images.record_stream(stream)
+            batch.tokens.record_stream(stream)
 
     def _report(self, failures: Sequence[Failure]) -> None:
         for path, reason in failures:

@@ -18,6 +18,7 @@ class ImageSource:
     """Training images. A source defines `__len__`, `read` and `name`; caches have the other methods of their own."""
 
     side: int | None = None  # of the squares that `read` returns, in pixels; None: images of any shape
+    note = ""  # what a user should know about it
 
     def read(self, index: int) -> Tensor:
         """Return an upright RGB image, uint8 [3, height, width], valid until the next call.
@@ -115,6 +116,10 @@ class GPUPixels(PixelCache):
 
     def __init__(self, cache: PixelCache, device: torch.device) -> None:
         super().__init__(cache.file, cache.rows, cache.side)
+        self.note = (
+            f"the GPU holds the pixel cache, {len(self) * self.side**2 * 3 / 2**30:.1f} GiB; "
+            "--set dataloader.cache_device=cpu leaves its memory to the model"
+        )
         self.gpu_pixels = torch.empty(len(self), self.side, self.side, 3, dtype=torch.uint8, device=device)
         for start in range(0, len(self), 1024):
             self.gpu_pixels[start : start + 1024] = torch.from_numpy(cache.pixels[self.rows[start : start + 1024]])

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,5 +26,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 def recomputed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call `module` without storing its activations; the backward pass recomputes them (Chen et al. 2016)."""
+    if torch.compiler.is_compiling():  # compiled code cannot enter contexts, and updates the statistics once anyway
+        return checkpoint(module, *args, use_reentrant=False, **kwargs)
     contexts = lambda: (contextlib.nullcontext(), frozen_statistics(module))  # noqa: E731
     return checkpoint(module, *args, use_reentrant=False, context_fn=contexts, **kwargs)

@@ -57,6 +57,16 @@ def make_writer(folder: Path, logger: logging.Logger | None = None, **changes: o
     return CheckpointWriter(folder, make_state().model, load_train_config(changes), CPU, logger or ListLogger())
 
 
+def save(writer: CheckpointWriter, state: TrainState) -> None:
+    writer.save(state)
+    writer.wait()
+
+
+def save_best(writer: CheckpointWriter, state: TrainState) -> None:
+    writer.save_best(state)
+    writer.wait()
+
+
 def find(folder: Path, resume: str = "auto", logger: logging.Logger | None = None) -> dict | None:
     return find_checkpoint(resume, folder, logger or ListLogger())
 
@@ -67,7 +77,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_checkpoint_has_the_name_and_keys_of_the_reference_and_its_configuration(tmp_path: Path):
     state = make_state()
-    make_writer(tmp_path).save(state)
+    save(make_writer(tmp_path), state)
     checkpoint = torch.load(tmp_path / "checkpoint_3_120.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["samples_seen"], checkpoint["global_step"]) == (3, 40, 120)
     assert checkpoint["model_state_dict"].keys() == CLIP(SMALL).state_dict().keys()
@@ -78,7 +88,7 @@ def test_a_checkpoint_has_the_name_and_keys_of_the_reference_and_its_configurati
 
 def test_restoring_brings_back_weights_optimizer_progress_meter_and_generator(tmp_path: Path):
     state = make_state(rng_seed=1)
-    make_writer(tmp_path).save(state)
+    save(make_writer(tmp_path), state)
     expected = torch.rand(3)
     other, logger = make_state(step=0, rng_seed=2), ListLogger()
     restore(other, find(tmp_path), CPU, logger)
@@ -90,7 +100,7 @@ def test_restoring_brings_back_weights_optimizer_progress_meter_and_generator(tm
 
 
 def test_differences_from_the_checkpoint_are_logged_and_the_new_values_hold(tmp_path: Path):
-    make_writer(tmp_path).save(make_state())
+    save(make_writer(tmp_path), make_state())
     state, logger = make_state(**{"seed": 5, "optimizer.params.weight_decay": 0.25}), ListLogger()
     restore(state, find(tmp_path), Runtime(torch.device("cpu"), num_devices=1, world_size=2), logger)
     assert [message.partition(": ")[2] for message in logger.messages] == [
@@ -104,20 +114,20 @@ def test_differences_from_the_checkpoint_are_logged_and_the_new_values_hold(tmp_
 def test_the_newest_checkpoints_are_kept(tmp_path: Path):
     writer = make_writer(tmp_path, keep_last=2)
     for step in (5, 40, 120):
-        writer.save(make_state(step))
+        save(writer, make_state(step))
     assert names(tmp_path) == ["checkpoint_3_120.pt", "checkpoint_3_40.pt"]
-    make_writer(tmp_path, keep_last=0).save(make_state(130))
+    save(make_writer(tmp_path, keep_last=0), make_state(130))
     assert len(names(tmp_path)) == 3 and find(tmp_path)["global_step"] == 130
 
 
 def test_best_pt_contains_the_weights_but_cannot_be_resumed(tmp_path: Path):
     writer = make_writer(tmp_path)
-    writer.save_best(make_state())
+    save_best(writer, make_state())
     assert names(tmp_path) == ["best.pt"] and load_clip(tmp_path / "best.pt").model.config == SMALL
     assert find(tmp_path) is None
     with pytest.raises(UserError, match="best.pt: contains weights alone"):
         find(tmp_path, str(tmp_path / "best.pt"))
-    make_writer(tmp_path / "none", keep_best=False).save_best(make_state())
+    save_best(make_writer(tmp_path / "none", keep_best=False), make_state())
     assert not (tmp_path / "none").exists()
 
 
@@ -131,7 +141,7 @@ def flip_bit(file: Path, place: float) -> None:
 def test_a_damaged_newest_checkpoint_is_skipped_and_kept(tmp_path: Path, damage):
     writer = make_writer(tmp_path, keep_last=2)
     for step in (5, 40):
-        writer.save(make_state(step))
+        save(writer, make_state(step))
     newest = tmp_path / "checkpoint_3_40.pt"
     if damage == "flipped bit":
         flip_bit(newest, 0.5)
@@ -147,15 +157,15 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_kept(tmp_path: Path, damage)
     assert find(tmp_path, logger=logger)["global_step"] == 5
     assert len(logger.messages) == 1 and "checkpoint_3_40.pt" in logger.messages[0]
     for step in (10, 15):
-        writer.save(make_state(step))
+        save(writer, make_state(step))
     assert names(tmp_path) == ["checkpoint_3_10.pt", "checkpoint_3_15.pt", "checkpoint_3_40.pt"]
     assert newest.read_bytes() == content  # it does not count as one of the newest two
-    writer.save(make_state(40))
+    save(writer, make_state(40))
     assert find(tmp_path, logger=logger)["global_step"] == 40 and len(logger.messages) == 1
 
 
 def test_a_flipped_bit_anywhere_in_a_weight_is_noticed(tmp_path: Path):
-    make_writer(tmp_path).save(make_state())
+    save(make_writer(tmp_path), make_state())
     file = tmp_path / "checkpoint_3_120.pt"
     with zipfile.ZipFile(file) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -177,7 +187,7 @@ def test_a_folder_of_damaged_checkpoints_does_not_start_anew(tmp_path: Path):
 def test_resuming_from_an_older_checkpoint_does_not_overwrite_newer_ones(tmp_path: Path):
     writer = make_writer(tmp_path)
     for step in (5, 40):
-        writer.save(make_state(step))
+        save(writer, make_state(step))
     with pytest.raises(UserError, match=r"newer than .*checkpoint_3_5.pt \(e.g. checkpoint_3_40.pt\)"):
         find(tmp_path, str(tmp_path / "checkpoint_3_5.pt"))
     assert find(tmp_path / "elsewhere", str(tmp_path / "checkpoint_3_5.pt"))["global_step"] == 5
@@ -188,7 +198,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path):
     torch.save({"model_state_dict": CLIP(SMALL).state_dict(), "epoch": 3}, tmp_path / "reference.pt")
     with pytest.raises(UserError, match="reference.pt: contains no training state"):
         find(tmp_path, str(tmp_path / "reference.pt"))
-    make_writer(tmp_path).save(make_state())
+    save(make_writer(tmp_path), make_state())
     with pytest.raises(UserError, match="decay_all"):
         restore(make_state(**{"optimizer.decay_all": True}), find(tmp_path), CPU, ListLogger())
     with pytest.raises(UserError, match="the checkpoint"):
@@ -196,7 +206,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path):
 
 
 def test_a_checkpoint_of_an_earlier_format_is_refused_by_resume_alone(tmp_path: Path):
-    make_writer(tmp_path).save(make_state())
+    save(make_writer(tmp_path), make_state())
     file = tmp_path / "checkpoint_3_120.pt"
     torch.save({**torch.load(file, weights_only=True), "format_version": 2}, file)
     with pytest.raises(UserError, match="checkpoint_3_120.pt.*earlier version"):
@@ -209,7 +219,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_resume_alone(tmp_path: 
 def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: Path, monkeypatch, error, policy):
     logger = ListLogger()
     writer = make_writer(tmp_path, logger, save_errors=policy)
-    writer.save(make_state(5))
+    save(writer, make_state(5))
     before = (tmp_path / "checkpoint_3_5.pt").read_bytes()
 
     def fail(_, file):
@@ -220,12 +230,12 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: 
         patch.setattr(torch, "save", fail)
         if policy == "stop":
             with pytest.raises(UserError, match="checkpoint_3_40.pt"):
-                writer.save(make_state(40))
+                save(writer, make_state(40))
         else:
-            writer.save(make_state(40))
+            save(writer, make_state(40))
             assert len(logger.messages) == 1 and "checkpoint_3_40.pt" in logger.messages[0]
     assert names(tmp_path) == ["checkpoint_3_5.pt"] and (tmp_path / "checkpoint_3_5.pt").read_bytes() == before
-    writer.save(make_state(60))
+    save(writer, make_state(60))
     assert find(tmp_path)["global_step"] == 60
 
 
@@ -234,15 +244,15 @@ def test_a_disk_that_fills_up_is_survived(tmp_path: Path):
     resource = pytest.importorskip("resource")
     logger = ListLogger()
     writer = make_writer(tmp_path, logger, save_errors="continue")
-    writer.save(make_state(5))
+    save(writer, make_state(5))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        writer.save(make_state(40))
+        save(writer, make_state(40))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == ["checkpoint_3_5.pt"] and "checkpoint_3_40.pt" in logger.messages[0]
-    writer.save(make_state(60))
+    save(writer, make_state(60))
     assert find(tmp_path)["global_step"] == 60
 
 
@@ -250,7 +260,7 @@ def test_a_disk_that_fills_up_is_survived(tmp_path: Path):
 def test_a_folder_that_becomes_read_only_is_survived(tmp_path: Path):
     logger = ListLogger()
     tmp_path.chmod(0o500)
-    make_writer(tmp_path, logger, save_errors="continue").save(make_state(5))
+    save(make_writer(tmp_path, logger, save_errors="continue"), make_state(5))
     tmp_path.chmod(0o700)
     assert "Permission denied" in logger.messages[0]
 
@@ -261,7 +271,7 @@ def test_the_file_and_its_name_are_on_the_disk_when_a_save_returns(tmp_path: Pat
     real_fsync, real_replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), real_fsync(file)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("replace"), real_replace(path, to)))
-    make_writer(tmp_path).save(make_state())
+    save(make_writer(tmp_path), make_state())
     assert events == ["fsync", "replace", "fsync"]
 
 
@@ -270,8 +280,8 @@ def test_the_expected_duration_of_a_save_is_that_of_the_slowest(tmp_path: Path, 
     num_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     estimate = writer.expected_seconds
     assert estimate == pytest.approx(num_parameters * 12 / 100e6)
-    writer.save(state)
+    save(writer, state)
     slowest = writer.expected_seconds
     assert slowest == writer.seconds != estimate  # an estimate never counts as a measurement
-    writer.save(make_state(121))
+    save(writer, make_state(121))
     assert writer.expected_seconds >= slowest > 0

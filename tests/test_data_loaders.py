@@ -132,7 +132,7 @@ def test_a_run_without_readable_images_ends_before_the_first_batch(tmp_path: Pat
 def test_waiting_is_measured(caption_files):
     loader = make_loader(caption_files)
     list(loader)
-    assert 0 < loader.wait_seconds < 60
+    assert 0 < loader.wait.seconds() < 60
 
 
 class Numbers(ImageSource):

@@ -19,7 +19,7 @@ from dataloader.captions import read_captions
 from dataloader.config import load_data_config
 from model import CLIP, load_clip, load_model_config
 from tests.conftest import TINY, make_captions
-from tests.test_checkpoint import CPU, ListLogger, make_state, make_writer
+from tests.test_checkpoint import CPU, ListLogger, make_state, make_writer, save
 from trainer import config as train_config
 from trainer.config import TrainConfig, load_train_config
 from trainer.run.checkpoint import CONTENT, find_checkpoint, restore
@@ -60,7 +60,7 @@ def edited(text: str, edits) -> str:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     make_captions(folder, num_images=3)
-    make_writer(folder).save(make_state(config=SMALLEST))
+    save(make_writer(folder), make_state(config=SMALLEST))
     (folder / "checkpoint_3_120.pt").rename(folder / "good.pt")
     return folder
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model import CLIP
 from model.recompute import frozen_statistics
 from trainer.config import TrainConfig
-from utils.device import choose_device
+from utils.device import choose_device, has_native_bf16
 from utils.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +37,7 @@ class Runtime:
     local_rank: int = 0  # among the processes of this machine
     world_size: int = 1
     precision: str = "fp32"  # fp32, tf32, bf16 or fp16
+    reason: str = ""  # for the precision, where `auto` chose it
     cpu_group: dist.ProcessGroup | None = None  # for agreements that should not wait for the GPUs
 
     @property
@@ -54,7 +55,7 @@ class Runtime:
             text = f"{self.num_devices} x {text} (DataParallel; torchrun --nproc_per_node={self.num_devices} is faster)"
         if self.world_size > 1:
             text = f"{self.world_size} processes, each on {text}"
-        return f"{text}, {self.precision}"
+        return f"{text}, {self.precision}{self.reason and f' ({self.reason})'}"
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -64,7 +65,7 @@ class Runtime:
             if round_ == turn:
                 yield
             elif self.world_size > 1:
-                dist.barrier()
+                dist.barrier(self.cpu_group)  # NCCL's barrier would keep the GPUs busy
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values`, of any shape, over all processes."""
@@ -74,7 +75,7 @@ class Runtime:
         return total / self.world_size
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Copy rank 0's BatchNorm statistics to every process, as DistributedDataParallel does before each step."""
+        """Copy rank 0's BatchNorm statistics to every process."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
@@ -106,7 +107,7 @@ class Runtime:
         Under torchrun the process skips Python's cleanup: gloo's threads hang or abort in about one of twenty exits.
         """
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.cpu_group)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -126,6 +127,12 @@ def init_runtime(config: TrainConfig) -> Runtime:
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+    num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
+    if num_tasks > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"SLURM starts {num_tasks} tasks, each of which would be a run of its own; use srun --ntasks-per-node=1 "
+            "torchrun ... train.py for one run on all GPUs, or srun --ntasks=1 python train.py for one process"
+        )
     num_devices, cpu_group = 1, None
     if world_size > 1:
         if has_gpu:
@@ -134,28 +141,33 @@ def init_runtime(config: TrainConfig) -> Runtime:
                 raise UserError(f"torchrun started more processes than GPUs; use --nproc_per_node={num_gpus}")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+        device_id = device if has_gpu else None  # else NCCL guesses the GPU from the rank
+        dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT, device_id=device_id)
         cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     elif has_gpu:
         num_devices = min(config.n_gpu, torch.cuda.device_count())
-    precision = _set_precision(config.precision, device)
+    precision, reason = choose_precision(config.precision, device)
+    if has_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.benchmark = True  # the sizes are fixed
     if config.compile and num_devices > 1:
         raise UserError("compile does not work with DataParallel; use torchrun, or n_gpu 1")
     if config.sync_batchnorm and (world_size == 1 or not has_gpu):
         raise UserError("sync_batchnorm needs several GPUs under torchrun; set it to false")
-    return Runtime(device, num_devices, rank, local_rank, world_size, precision, cpu_group)
+    return Runtime(device, num_devices, rank, local_rank, world_size, precision, reason, cpu_group)
 
 
-def _set_precision(precision: str, device: torch.device) -> str:
-    """Resolve `auto` (bf16 on a GPU that supports it, else fp32), check the precision and set the GPU's switches."""
-    is_cuda = device.type == "cuda"
+def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """Return fp32, tf32, bf16 or fp16, and why `auto` chose it. Raises UserError if the device does not have it."""
     if precision == "auto":
-        precision = "bf16" if is_cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if precision in ("tf32", "fp16") and not is_cuda:
+        if has_native_bf16(device):
+            return "bf16", "the device computes it natively"
+        if device.type == "cuda":
+            return "fp16", "the GPU only emulates bf16"
+        return "fp32", "the device has no native bf16"
+    if precision in ("tf32", "fp16") and device.type != "cuda":
         raise UserError(f"precision {precision} needs a GPU; use fp32")
-    if is_cuda:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return precision
+    return precision, ""
 
 
 class Autocast(nn.Module):
@@ -184,7 +196,12 @@ def wrap(model: CLIP, runtime: Runtime, config: TrainConfig) -> nn.Module:
     wrapped = Autocast(model, runtime)
     if runtime.world_size > 1:
         device_ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(
+            wrapped,
+            device_ids=device_ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # only evaluation uses BatchNorm's statistics: `Runtime.broadcast_buffers`
+        )
         if runtime.device.type == "cpu":
             _settle_buckets(wrapped, model)
         return wrapped

@@ -58,6 +58,7 @@ class Schedule:
         self.config = config
         self.sampler = sampler
         self.steps_per_epoch = sampler.steps_per_epoch
+        self.first_step = global_step
         self.total_steps = global_step + sampler.num_steps
         self.shift = self.total_steps - planned_steps
         self.warmup_steps = round(planned_steps * config.warmup_share)

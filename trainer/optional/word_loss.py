@@ -32,11 +32,12 @@ class WordLoss:
         images, tokens, counts = images[is_known], tokens[is_known], counts[is_known]
         weights = counts * np.log(num_images / document_frequency[tokens])
         weights /= np.bincount(images, weights, num_images)[images]
-        self.columns = np.searchsorted(vocabulary, tokens)
-        self.weights = weights.astype(np.float32)
-        self.first = np.cumsum([0, *np.bincount(images, minlength=num_images)])  # of each image, and the end
+        columns = np.searchsorted(vocabulary, tokens)
+        prior = np.bincount(columns, weights, len(vocabulary)) / num_images
+        self.first = torch.from_numpy(np.cumsum([0, *np.bincount(images, minlength=num_images)]))  # of each image
+        self.columns = torch.from_numpy(columns).to(device)
+        self.weights = torch.from_numpy(weights.astype(np.float32)).to(device)
         self.vocabulary = torch.from_numpy(vocabulary).to(device)
-        prior = np.bincount(self.columns, weights, len(vocabulary)) / num_images
         self.log_prior = torch.from_numpy(prior).log().float().to(device)
 
     def __call__(self, model: CLIP, image_features: Tensor, text_features: Tensor, indices: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class WordLoss:
         `image_features`, `text_features`: [batch, embed_dim], L2-normalized. `indices`: int64 [batch], the images'
         indices in the training set.
         """
-        columns, weights = (part.to(image_features.device, non_blocking=True) for part in self.labels(indices))
+        columns, weights = self.labels(indices)
         with torch.autocast(image_features.device.type, enabled=False):
             features = LOGIT_SCALE * torch.stack([image_features, text_features]).float()
             embedding = model.token_embedding.weight[self.vocabulary]
@@ -54,12 +55,18 @@ class WordLoss:
         return -(weights * log_probs).sum(dim=-1).mean()
 
     def labels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each image's labels, int64 columns [batch, max_labels], and their weights, which sum to 1 per row."""
-        starts, ends = self.first[indices.numpy()], self.first[indices.numpy() + 1]
-        places = starts[:, None] + np.arange((ends - starts).max(initial=1))
-        is_label = places < ends[:, None]
-        places = np.minimum(places, len(self.columns) - 1)
-        return torch.from_numpy(self.columns[places]), torch.from_numpy(np.where(is_label, self.weights[places], 0))
+        """Return each image's labels, int64 columns [batch, max_labels], and their weights, which sum to 1 per row.
+
+        `indices` is on the CPU, which knows `max_labels` without waiting for the device that has the labels.
+        """
+        spans = torch.stack([self.first[indices], self.first[indices + 1]])
+        max_labels = max(1, int((spans[1] - spans[0]).max()))
+        device = self.columns.device
+        starts, ends = spans.to(device, non_blocking=True)[:, :, None]
+        places = starts + torch.arange(max_labels, device=device)
+        is_label = places < ends
+        places = places.clamp(max=len(self.columns) - 1)
+        return self.columns[places], torch.where(is_label, self.weights[places], 0)
 
 
 def _count_tokens(captions: TokenTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ PROGRESS = {"epoch": int, "samples_seen": int, "global_step": int, "validated_st
 ONLY_TO_RESUME = {"optimizer_state_dict": dict, "scaler_state_dict": dict, "rank_states": list}  # not in best.pt
 CONTENT = PROGRESS | {"model_state_dict": dict, "configs": dict} | ONLY_TO_RESUME
 BYTES_PER_SECOND = 100e6  # of a slow disk
+SCALE_SEARCH = 5  # skipped steps in a row that are fp16's normal search for its scale
 
 
 @dataclass
@@ -44,7 +47,8 @@ class TrainState:
     batchnorm: BatchNormStatistics = field(init=False)
 
     def __post_init__(self) -> None:
-        self.meter = TrainMeter(self.model.logit_scale.device)
+        # fp16's scaler tries large scales first, and skips the steps in which they overflow
+        self.meter = TrainMeter(self.model.logit_scale.device, SCALE_SEARCH if self.scaler.is_enabled() else 0)
         self.batchnorm = BatchNormStatistics(self.model)
 
     @property
@@ -56,8 +60,10 @@ class TrainState:
 class CheckpointWriter:
     """Writes `checkpoint_{epoch}_{global_step}.pt` and `best.pt`, and keeps the newest `keep_last` checkpoints.
 
-    A file gets its name once it is complete and on the disk: a run that is killed while saving leaves the earlier
-    files unchanged. Every record of a file has a CRC-32 checksum (zip's), which reading verifies.
+    A save copies the state and returns; a thread writes the file while training goes on. The next save, and the end of
+    the context, wait for it and raise its error. A file gets its name once it is complete and on the disk: a run that
+    is killed while saving leaves the earlier files unchanged. Every record of a file has a CRC-32 checksum (zip's),
+    which reading verifies.
     """
 
     def __init__(self, folder: Path, model: CLIP, config: TrainConfig, runtime: Runtime, logger: RunLogger) -> None:
@@ -68,33 +74,59 @@ class CheckpointWriter:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.estimate = 12 * num_parameters / BYTES_PER_SECOND  # weights and AdamW's two moments, 4 bytes each
         self.seconds = 0.0  # of the slowest save so far
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._unfinished: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self.wait()
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint on rank 0 and delete those that `keep_last` does not keep. Every process calls it.
+        """Begin to write a checkpoint on rank 0; `keep_last` then deletes older ones. Every process calls it.
 
-        Raises UserError if the file cannot be written; with `save_errors: continue` logs a warning instead.
+        Raises UserError if the previous file could not be written; with `save_errors: continue`, a warning is logged
+        instead.
         """
         start = time.perf_counter()
         rank_states = self.runtime.all_gather_object({"rng": _rng_state(), "meter": state.meter.state_dict()})
-        path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}.pt"
-        if not self.runtime.is_main or not self._write(_content(state, rank_states), path):
-            return
-        self.seconds = max(self.seconds, time.perf_counter() - start)
-        if self.config.keep_last:
-            done = [file for file in list_checkpoints(self.folder) if _step_of(file) <= state.global_step]
-            for old in done[: -self.config.keep_last]:
-                old.unlink(missing_ok=True)
+        if self.runtime.is_main:
+            path = self.folder / f"checkpoint_{state.epoch}_{state.global_step}.pt"
+            self._begin(self._write_and_tidy, _content(state, rank_states), path, start)
 
     def save_best(self, state: TrainState) -> None:
-        """Write `best.pt`, the weights without what only a resume needs, on rank 0. Raises as `save` does."""
-        if self.config.keep_best:
+        """Begin to write `best.pt`, the weights without what only a resume needs, on rank 0. Raises as `save` does."""
+        if self.config.keep_best and self.runtime.is_main:
             content = {key: value for key, value in _content(state, []).items() if key not in ONLY_TO_RESUME}
-            self._write(content, self.folder / "best.pt")
+            self._begin(self._write, content, self.folder / "best.pt")
+
+    def wait(self) -> None:
+        """Wait until the last file is written. Raises as `save` does."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished:
+            unfinished.result()
 
     @property
     def expected_seconds(self) -> float:
         """The duration of a save: the slowest so far; before the first, an estimate from the model's size."""
         return self.seconds or self.estimate
+
+    def _begin(self, write: Callable[..., Any], content: dict[str, Any], *args: Any) -> None:
+        """Copy the content to the memory of the CPU, and let the thread write it once the previous file is written."""
+        self.wait()
+        self._unfinished = self._thread.submit(write, _copied(content), *args)
+
+    def _write_and_tidy(self, content: dict[str, Any], path: Path, start: float) -> None:
+        if not self._write(content, path):
+            return
+        self.seconds = max(self.seconds, time.perf_counter() - start)
+        if self.config.keep_last:
+            done = [file for file in list_checkpoints(self.folder) if _step_of(file) <= _step_of(path)]
+            for old in done[: -self.config.keep_last]:
+                old.unlink(missing_ok=True)
 
     def _write(self, content: dict[str, Any], path: Path) -> bool:
         """Return whether the file could be written."""
@@ -183,6 +215,15 @@ def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, 
         "rank_states": rank_states,
         "configs": to_plain(state.configs),
     }
+
+
+def _copied(content: Any) -> Any:
+    """Return checkpoint content with all tensors copied to the CPU."""
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_copied(value) for value in content]
+    return content.detach().to("cpu", copy=True) if isinstance(content, torch.Tensor) else content
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,16 +1,24 @@
 """What a run reports: its plan before the first step, its rows, and its results."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dataloader.data_loaders import OpenedData
+from trainer.config import TrainConfig
 from trainer.parallel import Runtime
 from trainer.run.checkpoint import TrainState, list_checkpoints
 from trainer.run.folder import RunFolder
+from trainer.run.train_meter import SpeedMeter
 from trainer.schedule import Schedule
+from utils.device import peak_memory
+from utils.errors import UserError
 from utils.retrieval import format_metrics
 from utils.text import one_line
+
+USABLE_MEMORY = 0.9  # of a GPU: the rest is fragments, libraries and other programs
 
 
 def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: OpenedData) -> str:
@@ -42,9 +50,35 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
     return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
 
 
-def training_row(
-    state: TrainState, grad_norm: torch.Tensor, speed: dict[str, float], runtime: Runtime
-) -> dict[str, float]:
+def describe_memory(config: TrainConfig, runtime: Runtime) -> str:
+    """Return the peak memory of the first step, and on a GPU about how many pairs would fit."""
+    peak = peak_memory(runtime.device)
+    if runtime.device.type != "cuda":
+        return f"peak memory of the first step: {peak:.1f} GiB"
+    total = torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
+    constant = torch.cuda.memory_allocated(runtime.device) / 2**30  # weights, gradients, optimizer, held pixels
+    batch_size = config.per_gpu_train_batch_size
+    fitting = int(batch_size * (USABLE_MEMORY * total - constant) / (peak - constant))
+    return f"peak memory of the first step: {peak:.1f} of {total:.0f} GiB; about --batch_size {fitting} would fit"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: TrainConfig, runtime: Runtime) -> Iterator[None]:
+    """Turn PyTorch's error about a full GPU into a UserError that names what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        used, total = peak_memory(runtime.device), torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
+        batch_size = config.per_gpu_train_batch_size
+        raise UserError(
+            f"the GPU's memory is full ({used:.1f} of {total:.1f} GiB in use); use a smaller batch (--batch_size "
+            f"{max(2, batch_size // 2)}), --set trainer.activation_checkpointing=true, for one loss over several "
+            "batches --set trainer.accumulation=contrastive and trainer.gradient_accumulation_steps, or, if the GPU "
+            "holds the pixel cache, --set dataloader.cache_device=cpu"
+        ) from None
+
+
+def training_row(state: TrainState, grad_norm: torch.Tensor, speed: SpeedMeter, runtime: Runtime) -> dict[str, float]:
     """Return a row of the log: means since the last one, over all processes. Every process calls it.
 
     Reading the values waits for the device: the only synchronization of the loop.
@@ -56,7 +90,7 @@ def training_row(
     row = {"step": state.global_step, "epoch": state.epoch, **dict(zip(scalars, values, strict=True))}
     row["lr"] = state.optimizer.param_groups[0]["lr"]
     row["skipped_steps"] = state.meter.reported
-    return {**row, **speed}
+    return {**row, **speed.read(state.global_step)}
 
 
 def describe_results(folder: RunFolder, curve: Path, data: OpenedData, metrics: dict[str, float]) -> str:

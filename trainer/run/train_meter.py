@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dataloader.data_loaders import TrainLoader
 from trainer.loss import Scalars
+from utils.device import peak_memory
 from utils.errors import UserError
 
 MUCH_WAITING = 0.1  # of the time: an image cache is then worth its disk space
@@ -20,11 +20,13 @@ MUCH_WAITING = 0.1  # of the time: an image cache is then worth its disk space
 class TrainMeter:
     """Means of the scalars of the losses since the last `reset`, and counts of skipped steps.
 
-    Everything stays on the device until it is read: an update does not synchronize.
+    Everything stays on the device until it is read: an update does not synchronize. `expected_row`: this many skipped
+    steps in a row are not worth a warning.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, expected_row: int = 0) -> None:
         self.device = device
+        self.expected_row = expected_row
         self.sums: Scalars = {}  # and num_losses, their number
         self.skipped, self.skipped_in_a_row, self.longest_row = torch.zeros(3, dtype=torch.int64, device=device)
         self.reported = 0  # skipped steps that were logged
@@ -32,10 +34,10 @@ class TrainMeter:
     def update(self, losses: Sequence[Scalars], is_skipped: Tensor) -> None:
         """Add the losses of one step; non-finite ones are excluded. `is_skipped`: bool scalar on the device."""
         for scalars in losses:
-            is_finite = torch.isfinite(scalars["loss"])
-            for name, value in {**scalars, "num_losses": torch.ones_like(scalars["loss"])}.items():
-                value = torch.where(is_finite, value, 0)
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            named = {**scalars, "num_losses": torch.ones_like(scalars["loss"])}
+            values = torch.where(torch.isfinite(scalars["loss"]), torch.stack(list(named.values())), 0)
+            totals = torch.stack([*self.sums.values()]) + values if self.sums else values  # one kernel for all of them
+            self.sums = dict(zip(named, totals.unbind(), strict=True))
         self.skipped = self.skipped + is_skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * is_skipped
         self.longest_row = torch.maximum(self.longest_row, self.skipped_in_a_row)
@@ -52,7 +54,8 @@ class TrainMeter:
         """Log the number of newly skipped steps. Raises UserError after `max_in_a_row` consecutive skipped steps."""
         skipped, longest_row = torch.stack([self.skipped, self.longest_row]).tolist()
         if skipped > self.reported:
-            logger.warning(f"skipped {skipped - self.reported} steps with non-finite gradients ({skipped} in all)")
+            if longest_row > self.expected_row:
+                logger.warning(f"skipped {skipped - self.reported} steps with non-finite gradients ({skipped} in all)")
             self.reported = skipped
         if longest_row >= max_in_a_row:
             raise UserError(
@@ -87,7 +90,7 @@ class SpeedMeter:
     def _restart(self, global_step: int) -> None:
         self.first_step = global_step
         self.start = time.perf_counter()
-        self.start_wait = self.batches.wait_seconds
+        self.start_wait = self.batches.wait.seconds()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -101,8 +104,8 @@ class SpeedMeter:
         seconds = time.perf_counter() - self.start
         row = {
             "pairs_per_second": (global_step - self.first_step) * self.pairs_per_step / seconds,
-            "data_wait_share": (self.batches.wait_seconds - self.start_wait) / seconds,
-            "peak_memory_gib": peak_memory(),
+            "data_wait_share": (self.batches.wait.seconds() - self.start_wait) / seconds,
+            "peak_memory_gib": peak_memory(self.batches.device),
         }
         self.num_reads += 1
         self._restart(global_step)
@@ -115,15 +118,3 @@ class SpeedMeter:
             return ""
         advice, self.batches.advice = self.batches.advice, ""
         return f"{row['data_wait_share']:.0%} of the time is spent waiting for images; {advice}"
-
-
-def peak_memory() -> float:
-    """Return the peak memory so far in GiB: of the first GPU, or of this process on the CPU (NaN on Windows)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
