@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             while state.epoch < config.num_train_epochs and not stop.reason:
                 for grad_norm in train_one_epoch(state, parallel_model, batches, objective, schedule):
                     bar.update()
-                    if state.global_step == schedule.first_step + 1:
+                    if state.global_step == schedule.first_step + 2:
                         logger.info(summary.describe_memory(config, runtime))
                     stop_now = stop.requested(runtime, writer.expected_seconds)  # the same on all ranks
                     if schedule.is_due(config.logging_steps, state.global_step):

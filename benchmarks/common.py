@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -37,16 +38,19 @@ def find_test_data(alternative: str = "") -> Path:
 
 
 def measure_rates(
-    rows: Mapping[str, Callable[[], int]], *, seconds: float = 1.0, rounds: int = 5
+    rows: Mapping[str, Callable[[], int]], *, seconds: float = 1.0, rounds: int = 5, deadline: float = math.inf
 ) -> dict[str, list[float]]:
     """Return the units per second of each row in each round. Rows take turns, so that noise affects all of them.
 
-    The function of a row does some work and returns its number of units; it is repeated for `seconds` per round.
+    The function of a row does some work and returns its number of units; it is repeated for `seconds` per round. No
+    round but the first begins after `deadline`, a time of `time.monotonic`.
     """
     for work in rows.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
         for name, work in rows.items():
             done, start = 0, time.perf_counter()
             while (elapsed := time.perf_counter() - start) < seconds:

@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
 
 
 TOY = Sizes("RN-small", (8, 4), 8, 0.05, 1, 5.0, 64)
-LARGE_ROWS = ("open_clip", "open_clip_bf16", "reference", "project", "project_checkpointing")
+LARGE_ROWS = ("open_clip", "open_clip_bf16", "project", "project_checkpointing")
 
 
 class Benchmark:
@@ -138,11 +138,12 @@ class Benchmark:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         table = []
         for batch in sorted({self.sizes.batches[0], min(self.sizes.batches)}):
-            step = self._builders(batch)["project"]()
+            inputs = train_step.make_inputs(self.config, batch, self.device)
+            num_steps = inputs.steps_per_call
+            step, _ = train_step.project_step(self.config, inputs)
             step()
             with torch.profiler.profile(activities=activities) as profile:
                 step()
-            num_steps = train_step.STEPS_PER_CALL if self.device.type == "cuda" else 1
             kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
             kernels = kernels or [event for event in profile.events() if event.name.startswith("aten::")]
             span = max(k.time_range.end for k in kernels) - min(k.time_range.start for k in kernels)
@@ -152,6 +153,7 @@ class Benchmark:
                 by_name[kernel.name] = by_name.get(kernel.name, 0) + kernel.time_range.elapsed_us()
             row = {"row": f"{batch} pairs", "kernels per step": round(len(kernels) / num_steps)}
             row |= {"ms per step": span / num_steps / 1000, "idle share": max(0.0, 1 - busy / span)}
+            row["ms to queue a step"] = self._queueing(step, num_steps)
             table.append(row)
             for name, microseconds in sorted(by_name.items(), key=lambda item: -item[1])[:12]:
                 table.append({"row": f"  {name[:90]}", "ms per step": microseconds / num_steps / 1000})
@@ -194,20 +196,16 @@ class Benchmark:
         return [{"row": "checkpoint", "GiB": size, "the run waits, s": waited, "written after, s": whole}]
 
     def repeat(self) -> Table:
-        """Take the same ten steps twice, with cuDNN's search for fast algorithms, without, and deterministically."""
+        """Take the same ten steps twice, with cuDNN's search for fast algorithms and without."""
         table = []
-        for name, (search, deterministic) in {
-            "benchmark": (True, False),
-            "no benchmark": (False, False),
-            "deterministic": (False, True),
-            "benchmark, deterministic": (True, True),
-        }.items():
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = search, deterministic
+        for name, search in {"cuDNN's search": True, "without": False}.items():
             ends = []
             for _ in range(2):
                 torch.manual_seed(0)
                 inputs = train_step.make_inputs(self.config, min(self.sizes.batches), self.device)
-                step, model = train_step.project_step(self.config, inputs, **{"optimizer.params.lr": 1e-3})
+                step, model = train_step.project_step(
+                    self.config, inputs, cudnn_benchmark=search, **{"optimizer.params.lr": 1e-3}
+                )
                 step()
                 start = time.perf_counter()
                 step()
@@ -217,7 +215,6 @@ class Benchmark:
             difference = (ends[0] - ends[1]).abs().max().item()
             steps = 2 * inputs.steps_per_call
             table.append({"row": name, "steps": steps, "equal": equal, "largest difference": difference, "s": seconds})
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
         return table
 
     def training(self) -> Table:
@@ -285,7 +282,9 @@ class Benchmark:
         return train_step.builders(self.config, train_step.make_inputs(self.config, batch, self.device))
 
     def _measured(self, rows: dict[str, Callable[[], train_step.Step]], rounds: int | None = None) -> Table:
-        measured = train_step.measure_steps(rows, seconds=self.sizes.seconds, rounds=rounds or self.sizes.rounds)
+        rounds = rounds or self.sizes.rounds
+        options = {"seconds": self.sizes.seconds, "rounds": rounds, "deadline": self.deadline - 10}
+        measured = train_step.measure_steps(rows, **options)
         torch.cuda.empty_cache()
         return [
             {"row": row.name, row.unit: row.value, "ratio": row.ratio, "peak GiB": measured.memory.get(row.name)}
@@ -302,6 +301,17 @@ class Benchmark:
         optimizer.step()
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         return TrainState(model, optimizer, scaler, Configs(self.config, trainer, load_data_config()))
+
+    def _queueing(self, step: train_step.Step, num_steps: int) -> float:
+        """Return the host's time for a step in ms, without the synchronization at its end."""
+        synchronize, torch.cuda.synchronize = torch.cuda.synchronize, lambda: None
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize = synchronize
+        if self.device.type == "cuda":
+            synchronize()
+        return seconds / num_steps * 1000
 
     def _milliseconds(self, work: Callable[[], object], repeats: int = 20) -> float:
         work()
@@ -401,7 +411,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device()
     if device.type != "cuda" and not args.toy:
         raise UserError("PyTorch finds no GPU; --toy runs the same code at a tiny size on this CPU")
-    torch.backends.cudnn.benchmark = True  # as train.py and open_clip do
     benchmark = Benchmark(device, TOY if args.toy else Sizes(), time.monotonic() + 60 * args.minutes)
     unknown = set(args.only) - set(benchmark.sections())
     if unknown:

@@ -12,11 +12,13 @@ The captions are COCO's if CLIP_TEST_DATA has them, or else texts of the same le
   project           the loop of train.py with `precision: auto`
   project_...       the same with another precision, compiled, or with activation checkpointing
   without_...       the project's loop without one saving: texts trimmed to the batch, the last text layer at one
-                    position only, folded attention pooling, channels_last, fused AdamW; or without all of them
+                    position only, folded attention pooling, channels_last, fused AdamW, cuDNN's search for the
+                    fastest algorithms; or without all of them but the search
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -96,11 +98,14 @@ def padded(inputs: Inputs) -> Inputs:
     return inputs._replace(tokens=F.pad(inputs.tokens, (0, 77 - inputs.tokens.shape[1])))
 
 
-def repeated(inputs: Inputs, steps: Iterable, *, tf32: bool = False, cudnn_tf32: bool = False) -> Step:
+def repeated(
+    inputs: Inputs, steps: Iterable, *, tf32: bool = False, cudnn_tf32: bool = False, cudnn_benchmark: bool = True
+) -> Step:
     """Return a function that takes some of the `steps` under these switches of cuDNN and returns its pairs."""
     endless = iter(steps)
 
     def run() -> int:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, tf32 or cudnn_tf32
         for _ in range(inputs.steps_per_call):
             next(endless)
@@ -118,6 +123,7 @@ def project_step(
     *,
     is_fused: bool = True,
     channels_last: bool = True,
+    cudnn_benchmark: bool = True,
     **settings: object,
 ) -> tuple[Step, CLIP]:
     """Return train.py's loop on one batch, and its model. `settings` are keys of train_config.yaml."""
@@ -143,7 +149,7 @@ def project_step(
     batches = repeat(Batch(images, inputs.tokens, torch.arange(len(images)), np.empty(0), []))
     objective = build_objective(model, trainer, None)
     steps = train_one_epoch(state, wrap(model, runtime, trainer), batches, objective, schedule)
-    return repeated(inputs, steps, tf32=precision == "tf32"), model
+    return repeated(inputs, steps, tf32=precision == "tf32", cudnn_benchmark=cudnn_benchmark), model
 
 
 def open_clip_step(config: CLIPConfig, inputs: Inputs, precision: str, *, is_best: bool = False) -> Step:
@@ -248,6 +254,7 @@ def builders(config: CLIPConfig, inputs: Inputs) -> dict[str, Callable[[], Step]
         "without_folding": with_forward(project(), pooling),
         "without_channels_last": project(channels_last=False),
         "without_fused_adamw": project(is_fused=False),
+        "without_cudnn_benchmark": project(cudnn_benchmark=False),
         "without_all_of_these": with_forward(bare, pooling, positions),
     }
     if not config.is_resnet:
@@ -255,7 +262,9 @@ def builders(config: CLIPConfig, inputs: Inputs) -> dict[str, Callable[[], Step]
     if not has_bf16:
         del rows["open_clip_bf16"], rows["project_fp32"]  # the rows of these names without it
     if not has_gpu:
-        del rows["project_tf32"], rows["project_fp16"], rows["project_compiled"], rows["project_checkpointing"]
+        for name in ("project_tf32", "project_fp16", "project_compiled", "project_checkpointing"):
+            del rows[name]
+        del rows["without_cudnn_benchmark"]
     return rows
 
 
@@ -266,10 +275,17 @@ class Measured(NamedTuple):
     memory: dict[str, float]
 
 
-def measure_steps(rows: dict[str, Callable[[], Step]], *, seconds: float, rounds: int) -> Measured:
-    """Build the steps and let them take turns. A row's memory is its own: other rows' weights are not counted."""
+def measure_steps(
+    rows: dict[str, Callable[[], Step]], *, seconds: float, rounds: int, deadline: float = math.inf
+) -> Measured:
+    """Build the steps and let them take turns. A row's memory is its own: other rows' weights are not counted.
+
+    Rows that are not built 20 s before `deadline`, a time of `time.monotonic`, are left out.
+    """
     steps, memory = {}, {}
     for name, build in rows.items():
+        if steps and time.monotonic() > deadline - 20:
+            break
         if not torch.cuda.is_available():
             steps[name] = build()
             continue
@@ -279,7 +295,7 @@ def measure_steps(rows: dict[str, Callable[[], Step]], *, seconds: float, rounds
         torch.cuda.reset_peak_memory_stats()
         steps[name]()
         memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return Measured(measure_rates(steps, seconds=seconds, rounds=rounds), memory)
+    return Measured(measure_rates(steps, seconds=seconds, rounds=rounds, deadline=deadline), memory)
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -309,7 +325,6 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
-    torch.backends.cudnn.benchmark = True  # as train.py and open_clip do
     config = load_model_config({"name": args.model})
     torch.manual_seed(0)
     inputs = make_inputs(config, args.batch, device)

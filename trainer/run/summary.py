@@ -51,15 +51,21 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
 
 
 def describe_memory(config: TrainConfig, runtime: Runtime) -> str:
-    """Return the peak memory of the first step, and on a GPU about how many pairs would fit."""
+    """Return the peak memory of the first steps, and on a GPU about how many pairs would fit.
+
+    It is called after the second step, the first that has AdamW's moments and activations at once.
+    """
     peak = peak_memory(runtime.device)
+    text = f"peak memory of the first steps: {peak:.1f} GiB"
     if runtime.device.type != "cuda":
-        return f"peak memory of the first step: {peak:.1f} GiB"
+        return text
     total = torch.cuda.get_device_properties(runtime.device).total_memory / 2**30
-    constant = torch.cuda.memory_allocated(runtime.device) / 2**30  # weights, gradients, optimizer, held pixels
-    batch_size = config.per_gpu_train_batch_size
-    fitting = int(batch_size * (USABLE_MEMORY * total - constant) / (peak - constant))
-    return f"peak memory of the first step: {peak:.1f} of {total:.0f} GiB; about --batch_size {fitting} would fit"
+    constant = torch.cuda.memory_allocated(runtime.device) / 2**30  # weights, gradients, moments, held pixels
+    activations = peak - constant
+    if activations > 0.1 * peak:  # else a larger batch is limited by something else
+        fitting = config.per_gpu_train_batch_size * (USABLE_MEMORY * total - constant) / activations
+        text += f" of {total:.0f}; about --batch_size {int(fitting)} would fit"
+    return text
 
 
 @contextlib.contextmanager
