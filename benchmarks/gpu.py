@@ -84,18 +84,18 @@ class Benchmark:
         """Return each section with about the seconds that it takes, the most important first."""
         first, *others = self.sizes.batches
         return {
-            f"steps_{first}": (75, lambda: self.steps(first)),
+            f"steps_{first}": (150, lambda: self.steps(first)),
             **{f"steps_{batch}": (60, lambda batch=batch: self.steps(batch)) for batch in others},
             "training": (2 * self.sizes.train_seconds + 30, self.training),
-            "profile": (15, self.profile),
+            "profile": (30, self.profile),
             "largest": (40, self.largest),
-            f"compiled_{first}": (100, lambda: self.compiled(first)),
+            f"compiled_{first}": (180, lambda: self.compiled(first)),
             "repeat": (20, self.repeat),
             "save": (15, self.save),
             "augment": (10, self.augment),
             "evaluation": (60, self.evaluation),
             "cpu": (60, self.cpu),
-            f"compiled_{min(self.sizes.batches)}": (100, lambda: self.compiled(min(self.sizes.batches))),
+            f"compiled_{min(self.sizes.batches)}": (180, lambda: self.compiled(min(self.sizes.batches))),
         }
 
     def steps(self, batch: int) -> Table:

@@ -149,7 +149,6 @@ def init_runtime(config: TrainConfig) -> Runtime:
     precision, reason = choose_precision(config.precision, device)
     if has_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.benchmark = True  # the sizes are fixed
     if config.compile and num_devices > 1:
         raise UserError("compile does not work with DataParallel; use torchrun, or n_gpu 1")
     if config.sync_batchnorm and (world_size == 1 or not has_gpu):
