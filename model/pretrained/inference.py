@@ -45,10 +45,9 @@ class TrainedCLIP:
     """
 
     model: nn.Module  # a CLIP, or a `Baseline`
-    image_mean: tuple[float, float, float]  # of RGB in [0, 1]
-    image_std: tuple[float, float, float]
     source: str = ""  # the file or name that the weights were loaded from
     load: Callable[[ImageLike, int], Image.Image] = load_image  # (image, size) -> square RGB picture
+    notes: tuple[str, ...] = ()  # what was assumed or left out when the weights were loaded
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +64,8 @@ class TrainedCLIP:
         """
         if not len(images):
             raise UserError("no image is given")
-        preprocessing = Preprocessing(self.model.config.image_resolution, self.image_mean, self.image_std, self.load)
+        config = self.model.config
+        preprocessing = Preprocessing(config.image_resolution, config.image_mean, config.image_std, self.load)
         loader = ImageLoader(images, preprocessing, batch_size, num_workers, self.device)
         bar = tqdm(loader, "encoding images", unit="batch", disable=None if show_progress else True, leave=False)
         batches = [(indices, F.normalize(self.model.encode_image(pixels), dim=-1)) for indices, pixels in bar]
