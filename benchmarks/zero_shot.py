@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(0)
     config = load_model_config([("name", args.model)])
-    clip = TrainedCLIP(CLIP(config).eval(), MEAN, STD)
+    clip = TrainedCLIP(CLIP(config).eval())
     peer = open_clip.CLIP(**open_clip_config(config)).eval()
     peer.load_state_dict(clip.model.state_dict())
     files = (photographs(args.img_dir) * args.num_images)[: args.num_images]

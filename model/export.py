@@ -36,7 +36,7 @@ class Encoder(nn.Module):
 
 def export_open_clip(clip: TrainedCLIP, folder: Path) -> None:
     """Write the weights and the `open_clip_config.json` from which open_clip 3 builds the same model."""
-    preprocessing = {"mean": clip.model.config.image_mean, "std": clip.model.config.image_std}
+    preprocessing = {"mean": clip.image_mean, "std": clip.image_std}
     preprocessing |= {"interpolation": "bicubic", "resize_mode": "shortest"}
     content = {"model_cfg": open_clip_config(clip.model.config), "preprocess_cfg": preprocessing}
     (folder / OPEN_CLIP_FILES[0]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def export_onnx(clip: TrainedCLIP, folder: Path) -> None:
                 dynamo=True,
                 external_data=False,
             )
-    preprocessing = {"image_size": size, "mean": config.image_mean, "std": config.image_std, "context_length": length}
+    preprocessing = {"image_size": size, "mean": clip.image_mean, "std": clip.image_std, "context_length": length}
     preprocessing["logit_scale"] = clip.model.logit_scale.exp().item()
     (folder / ONNX_FILES[2]).write_text(json.dumps(preprocessing, indent=2) + "\n", encoding="utf-8")
 

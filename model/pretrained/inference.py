@@ -50,6 +50,15 @@ class TrainedCLIP:
     notes: tuple[str, ...] = ()  # what was assumed or left out when the weights were loaded
 
     @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Of RGB in [0, 1], as is `image_std`."""
+        return self.model.config.image_mean
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        return self.model.config.image_std
+
+    @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
@@ -64,8 +73,7 @@ class TrainedCLIP:
         """
         if not len(images):
             raise UserError("no image is given")
-        config = self.model.config
-        preprocessing = Preprocessing(config.image_resolution, config.image_mean, config.image_std, self.load)
+        preprocessing = Preprocessing(self.model.config.image_resolution, self.image_mean, self.image_std, self.load)
         loader = ImageLoader(images, preprocessing, batch_size, num_workers, self.device)
         bar = tqdm(loader, "encoding images", unit="batch", disable=None if show_progress else True, leave=False)
         batches = [(indices, F.normalize(self.model.encode_image(pixels), dim=-1)) for indices, pixels in bar]
