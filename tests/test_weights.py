@@ -119,10 +119,10 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 
 BAD_FILES = {
-    "other_model.pt": "holds no CLIP (its names: weight)",
+    "other_model.pt": "holds no weights of a CLIP (its names: weight)",
     "code.pt": "which is neither a tensor nor plain data, and may be code",
     "list.pt": "holds a list",
-    "no_weights.pt": "holds no CLIP (its names: epoch)",
+    "no_weights.pt": "holds no weights of a CLIP (its names: epoch)",
     "truncated.pt": "is not a checkpoint",
     "text.pt": "is not a checkpoint",
     "empty.pt": "is not a checkpoint",

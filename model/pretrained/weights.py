@@ -256,7 +256,8 @@ def _select_weights(checkpoint: Mapping[str, Any], source: str) -> tuple[dict[st
             break
     if not found:
         names = [key for weights in state_dicts.values() for key in weights] or [str(key) for key in checkpoint]
-        raise UserError(f"{source}: holds no CLIP (its names: {', '.join(map(one_line, names[:5]))}); {OTHERS}")
+        names = ", ".join(map(one_line, names[:5])) or "none"
+        raise UserError(f"{source}: holds no weights of a CLIP (its names: {names}); {OTHERS}")
     plain = [place for place in found if set(f"{place[0]}{place[1]}".split(".")) <= {"", *WRAPPERS}]
     if len(found) > 1 and not plain:
         prefixes = ", ".join(f"{place}{prefix}" for place, prefix, _ in found)
