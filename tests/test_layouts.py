@@ -345,3 +345,17 @@ def test_a_model_of_open_clip_becomes_ours(tmp_path: Path):
     clip = load_pretrained(f"open_clip:ViT-S-32/{tmp_path}/w.pt")
     assert isinstance(clip.model, CLIP) and clip.notes == () and clip.model.config.activation == "gelu"
     assert_same_features(clip, torch.randn(2, 3, 224, 224), peer.encode_image, peer.encode_text)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3)])
+@pytest.mark.parametrize(
+    "key", ["visual_projection.weight", "text_model.encoder.layers.0.self_attn.k_proj.weight", "logit_scale"]
+)
+def test_impossible_shapes_in_hugging_faces_names_are_one_sentence(tmp_path: Path, key, shape):
+    weights = to_hugging_face(CLIP(VIT).state_dict()) | {key: torch.zeros(shape)}
+    torch.save(weights, tmp_path / "c.bin")
+    if (key, shape) == ("logit_scale", ()):
+        assert load_pretrained(tmp_path / "c.bin").model.logit_scale == 0
+    else:
+        with pytest.raises(UserError, match="Hugging Face's CLIPModel"):
+            load_pretrained(tmp_path / "c.bin")

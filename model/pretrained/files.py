@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,6 +91,8 @@ def _read(file: BinaryIO, path: Path) -> Any:
         if start.startswith(first_bytes):
             raise UserError(f"{path}: {problem}")
     if start[8:9] == b"{":  # after the length of a JSON header
+        if find_spec("safetensors") is None:
+            raise UserError(f"{path}: is a safetensors file, which needs that package; pip install safetensors")
         from safetensors.torch import load_file
 
         return load_file(path)

@@ -159,7 +159,7 @@ def _read_file(source: str) -> tuple[dict[str, Tensor], Layout, dict[str, Any], 
         return weights, layout, _read_configs(checkpoint["configs"], source), notes
     said = {}
     if layout is SLIP:
-        said = SLIP_CONFIG | ({"vision_head_width": 32} if weights["visual.proj"].shape[0] == 384 else {})
+        said = SLIP_CONFIG | ({"vision_head_width": 32} if weights["visual.proj"].shape[:1] == (384,) else {})
     elif OPENAI_SIZES.issubset(checkpoint):
         said = OPENAI
     elif {"model_state_dict", "global_step"}.issubset(checkpoint):  # the reference's
@@ -263,13 +263,15 @@ def _select_weights(checkpoint: Mapping[str, Any], source: str) -> tuple[dict[st
         prefixes = ", ".join(f"{place}{prefix}" for place, prefix, _ in found)
         raise UserError(f"{source}: holds {len(found)} CLIPs ({prefixes}); save the one to use as a file of its own")
     place, prefix, layout = chosen = (plain or found)[0]
-    if others := [f"{other[0]}{other[1]}*" for other in found if other != chosen]:
-        notes = [f"{source} holds {len(found)} CLIPs; used {place}{prefix}*, not {', '.join(others)}"]
-    else:
-        notes = []
+    others = ", ".join(f"{other[0]}{other[1]}*" for other in found if other != chosen)
+    notes = [f"{source} holds {len(found)} CLIPs; used {place}{prefix}*, not {others}"] if others else []
     named = {key.removeprefix(prefix): value for key, value in state_dicts[place].items() if key.startswith(prefix)}
     weights = {key: value for key, value in named.items() if key.rpartition(".")[2] not in NOT_WEIGHTS}
-    weights, left_out = to_openai_names(_to_float32(weights, source), layout)
+    weights = _to_float32(weights, source)
+    try:
+        weights, left_out = to_openai_names(weights, layout)
+    except (RuntimeError, IndexError, KeyError) as error:  # of weights that are missing or of impossible shapes
+        raise UserError(f"{source}: its weights are not those of {layout.name} ({error}); use another file") from None
     left_out += [key for key in state_dicts[place] if not key.startswith(prefix)]
     if left_out:
         notes.append(f"{source}: {len(left_out)} weights are not CLIP's and were left out (first: {left_out[0]})")
