@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         schedule = Schedule(config, sampler, state.global_step)
 
         with runtime.main_first():  # rank 0 builds the image cache, if one is configured
-            sizes = {"image_size": configs.model.image_resolution, "context_length": configs.model.context_length}
-            options = {**sizes, "num_workers": config.num_workers, "logger": logger}
+            inputs = {"image_size": configs.model.image_resolution, "context_length": configs.model.context_length}
+            inputs |= {"image_mean": configs.model.image_mean, "image_std": configs.model.image_std}
+            options = {**inputs, "num_workers": config.num_workers, "logger": logger}
             dataset = open_dataset(data.train, configs.dataloader, sampler, **options)
         loader = TrainLoader(dataset, sampler, runtime.device, config.num_workers, logger)
         objective = build_objective(model, config, dataset.captions)  # contrastive, and the captions' words

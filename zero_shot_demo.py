@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from utils.flags import add_checkpoint_flag, add_inference_flags, positive
+from utils.flags import add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings, positive
 
 TEST_IMAGES = Path(__file__).with_name("test_images")
 
@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--top_k", type=positive, metavar="K", default=5, help="classes to show (default: %(default)s)")
     add("--json", action="store_true", help="print the results as JSON, and everything else to stderr")
     add_inference_flags(parser, templates="single")
+    add_model_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     files = [args.img_path] if args.img_path else find_images(args.img_dir)
     classnames = read_class_names(args.class_names or [str(CIFAR100_FILE)])
     templates = read_templates(args.templates or ["single"])
-    clip = load_clip(args.checkpoint_path, choose_device(args.device))
+    clip = load_clip(args.checkpoint_path, choose_device(args.device), **model_settings(args))
     classifier = None if args.texts else clip.build_classifier(classnames, templates)
     indices, image_features, failures = clip.encode_readable(
         files, batch_size=args.batch_size, num_workers=args.num_workers, show_progress=True

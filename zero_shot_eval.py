@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataloader.config import add_caption_flags, caption_spec
-from utils.flags import add_checkpoint_flag, add_inference_flags
+from utils.flags import add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings
 
 DATASET_TYPES = ("cifar", "imagenet", "folder", "retrieval")
 CAPTION_FLAGS = {"annotation_file", "format", "csv_image_column", "csv_caption_column"}
@@ -42,6 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     class_help = "for folder: the classes in the sorted order of the folders, or a text file with one per line"
     parser.add_argument("--class_names", nargs="+", metavar="NAME", help=f"{class_help} (default: the folders' names)")
     add_inference_flags(parser, templates="openai for imagenet, else single")
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     unused = {"class_names"} if args.dataset_type != "folder" else set()
     unused |= {"templates"} if args.dataset_type == "retrieval" else CAPTION_FLAGS
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = args.compare or [args.checkpoint_path]
     labels, device = label_models(checkpoints), choose_device(args.device)
     dataset = open_dataset(args)
-    clips = [load_clip(checkpoint, device) for checkpoint in checkpoints]
+    clips = [load_clip(checkpoint, device, **model_settings(args)) for checkpoint in checkpoints]
     make_output_dir()
 
     evaluate = evaluate_captions if args.dataset_type == "retrieval" else evaluate_classes

@@ -66,7 +66,8 @@ def make_sampler(num_images: int) -> EpochSampler:
 def make_loader(data: CaptionSet, cache_dir: Path, num_workers: int = 0, **changes: object) -> TrainLoader:
     config = load_data_config({"cache_dir": str(cache_dir), **changes})
     sampler = make_sampler(data.num_images)
-    options = {"image_size": SIZE, "context_length": 77, "num_workers": 2, "logger": LOGGER}
+    options = {"image_size": SIZE, "image_mean": MEAN, "image_std": STD, "context_length": 77}
+    options |= {"num_workers": 2, "logger": LOGGER}
     dataset = open_dataset(data, config, sampler, **options)
     return TrainLoader(dataset, sampler, torch.device("cpu"), num_workers, LOGGER)
 
@@ -110,7 +111,7 @@ def bare_decode(jpegs: list[bytes]) -> Callable[[], int]:
 
 def streaming(shards: str, num_images: int) -> Callable[[], int]:
     """Return a row that reads the shards through `webdataset`."""
-    augmentation = Augmentation(load_data_config(), SIZE)
+    augmentation = Augmentation(load_data_config(), SIZE, MEAN, STD)
     stream = ShardStream(shards, num_images)
     batches = iter(StreamDataset(stream.urls, augmentation, make_sampler(num_images), context_length=77))
     return lambda: len(next(batches).images)

@@ -170,7 +170,7 @@ class Benchmark:
             "standard, flip": {"augmentation": "standard", "flip": True},
             "standard, flip, color_jitter": {"augmentation": "standard", "flip": True, "color_jitter": 0.3},
         }.items():
-            augmentation = Augmentation(load_data_config(keys), size)
+            augmentation = Augmentation(load_data_config(keys), size, self.config.image_mean, self.config.image_std)
 
             def work(augmentation: Augmentation = augmentation) -> Tensor:
                 return augmentation.finish(augmentation.crop_squares(squares, draws), draws)

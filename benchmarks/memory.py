@@ -22,6 +22,7 @@ from dataloader.captions import CaptionedImage, CaptionSet
 from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader, open_dataset
 from dataloader.sampler import BatchLayout, EpochSampler
+from model.config import COCO_MEAN, COCO_STD
 from utils.errors import run_script
 
 BATCH_SIZE = 250
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         ]
         config, logger = load_data_config(), logging.Logger("benchmark")
         sampler = EpochSampler(args.num_images, BatchLayout(BATCH_SIZE), num_epochs=3, seed=0)
-        options = {"image_size": 16, "context_length": 77, "num_workers": 0, "logger": logger}
+        options = {"image_size": 16, "image_mean": COCO_MEAN, "image_std": COCO_STD, "context_length": 77}
+        options |= {"num_workers": 0, "logger": logger}
         dataset = open_dataset(CaptionSet(images, []), config, sampler, **options)
         loader = TrainLoader(dataset, sampler, torch.device("cpu"), 0, logger).loader
         loader = DataLoader(  # with more workers than `TrainLoader` would use

@@ -154,7 +154,7 @@ def measure(
     """Return the rows of the three tables for the architecture `name` with random weights."""
     torch.manual_seed(0)
     config = load_model_config([("name", name)])
-    clip = TrainedCLIP(CLIP(config).eval().to(device), MEAN, STD)
+    clip = TrainedCLIP(CLIP(config).eval().to(device))
     peer = open_clip.CLIP(**open_clip_config(config)).eval().to(device)
     peer.load_state_dict(clip.model.state_dict())
     files = (photographs(img_dir) * num_images)[:num_images]

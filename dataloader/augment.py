@@ -1,6 +1,7 @@
 """Random crops, flips, colors and masked tokens of training samples, in a worker or on the device."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -26,15 +27,15 @@ class Augmentation:
     random numbers `draws` [batch, NUM_DRAWS] of a sample give the same crop in a worker and on the device.
     """
 
-    def __init__(self, config: DataConfig, size: int) -> None:
+    def __init__(self, config: DataConfig, size: int, image_mean: Sequence[float], image_std: Sequence[float]) -> None:
         self.size = size
         self.is_random = config.augmentation == "standard"
         self.crop_scale = config.crop_scale
         self.flip = config.flip and self.is_random
         self.color_jitter = config.color_jitter if self.is_random else 0.0
         self.token_dropout = config.token_dropout
-        self.image_mean = config.image_mean
-        self.image_std = config.image_std
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
 
     def crop(self, image: Tensor, draws: np.ndarray) -> Tensor:
         """Crop and resize one image, uint8 [3, height, width] on the CPU, to [3, size, size]. `draws`: [NUM_DRAWS]."""

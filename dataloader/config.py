@@ -7,10 +7,9 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
-from utils.config import Config, Overrides, Share, load_config
+from utils.config import Config, Overrides, PositiveShare, Share, load_config
 
 CONFIG_FILE = Path(__file__).with_name("data_config.yaml")
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
 FORMATS = ("auto", "coco", "karpathy", "csv", "folder", "shards")  # captions.py reads them
 
 
@@ -56,8 +55,6 @@ class DataConfig(Config):
     flip: bool
     color_jitter: Share
     token_dropout: Annotated[float, Field(ge=0, lt=1)]
-    image_mean: tuple[Share, Share, Share]
-    image_std: tuple[PositiveShare, PositiveShare, PositiveShare]
     max_unreadable_share: Annotated[float, Field(ge=0, le=0.5)]
 
     def __post_init__(self) -> None:

@@ -142,16 +142,18 @@ def open_dataset(
     sampler: EpochSampler,
     *,
     image_size: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
     context_length: int,
     num_workers: int,
     logger: logging.Logger,
 ) -> CaptionDataset | StreamDataset:
     """Return the dataset of a training set. Builds the cache if one is configured and not there yet.
 
-    `image_size`, in pixels, and `context_length`, in tokens, are the model's; `num_workers` processes build the cache.
-    Raises UserError if the cache is unusable.
+    `image_size`, in pixels, `image_mean` and `image_std`, of RGB in [0, 1], and `context_length`, in tokens, are the
+    model's; `num_workers` processes build the cache. Raises UserError if the cache is unusable.
     """
-    augmentation = Augmentation(config, image_size)
+    augmentation = Augmentation(config, image_size, image_mean, image_std)
     max_unreadable = config.max_unreadable_share * train_set.num_images
     if isinstance(train_set, ShardStream):
         if sampler.start != START:

@@ -22,13 +22,9 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        sizes = (config.vision_layers, config.vision_width, config.image_resolution, config.embed_dim)
-        if config.is_resnet:
-            self.visual = ModifiedResNet(*sizes)
-        else:
-            self.visual = VisionTransformer(config.vision_patch_size, *sizes)
-        width = config.transformer_width
-        self.transformer = Transformer(width, config.transformer_layers, config.transformer_heads, causal=True)
+        self.visual = (ModifiedResNet if config.is_resnet else VisionTransformer)(config)
+        width, layers, heads = config.transformer_width, config.transformer_layers, config.transformer_heads
+        self.transformer = Transformer(width, layers, heads, config.activation, causal=True)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from utils.config import Config, Overrides, Setting, build_config, nearest, read_yaml, short_name
+from utils.config import Config, Overrides, PositiveShare, Setting, Share, build_config, nearest, read_yaml, short_name
 from utils.errors import UserError
 
 CONFIG_FILE = Path(__file__).with_name("model_config.yaml")
-HEAD_WIDTH = 64  # channels of an attention head in every image encoder
 RESNET_STRIDE = 32  # pixels per side of the input for each position of a ResNet's output
+COCO_MEAN, COCO_STD = (0.4225, 0.4012, 0.3659), (0.2681, 0.2635, 0.2763)  # the reference's
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class CLIPConfig(Config):
     transformer_layers: int
     name: str = "custom"
     logit_bias: bool = False  # whether the model has SigLIP's learned bias of the logits
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of both transformers
+    vision_head_width: int = 64  # channels of an attention head
+    vision_variant: Literal["clip", "timm"] = "clip"  # timm's ViT: GELU, eps 1e-6, no LayerNorm before the blocks
+    image_mean: tuple[Share, Share, Share] = COCO_MEAN  # of RGB in [0, 1]
+    image_std: tuple[PositiveShare, PositiveShare, PositiveShare] = COCO_STD
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -41,9 +47,13 @@ class CLIPConfig(Config):
         stride = self.vision_patch_size or RESNET_STRIDE
         if self.image_resolution % stride:
             raise ValueError(f"image_resolution should be a multiple of {stride}, found {self.image_resolution}")
-        unit = 2 if self.is_resnet else HEAD_WIDTH
-        if self.vision_width % unit:
-            raise ValueError(f"vision_width should be a multiple of {unit}, found {self.vision_width}")
+        if self.is_resnet and self.vision_width % 2:
+            raise ValueError(f"vision_width should be a multiple of 2, found {self.vision_width}")
+        if self._attention_width % self.vision_head_width:
+            raise ValueError(
+                f"vision_head_width should divide the {self._attention_width} channels of the image encoder's "
+                f"attention, found {self.vision_head_width}"
+            )
         if self.transformer_width % self.transformer_heads:
             raise ValueError(
                 f"transformer_width should be a multiple of transformer_heads, {self.transformer_heads}, "
@@ -53,6 +63,15 @@ class CLIPConfig(Config):
     @property
     def is_resnet(self) -> bool:
         return isinstance(self.vision_layers, tuple)
+
+    @property
+    def _attention_width(self) -> int:
+        return self.vision_width * (32 if self.is_resnet else 1)  # the last stage of a ResNet is 32 times as wide
+
+    @property
+    def vision_heads(self) -> int:
+        """The number of attention heads in every layer of a Vision Transformer, or in a ResNet's attention pooling."""
+        return self._attention_width // self.vision_head_width
 
 
 def load_model_config(overrides: Overrides = ()) -> CLIPConfig:

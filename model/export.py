@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from model import CLIP, CLIPConfig, TrainedCLIP, load_clip
 from utils.errors import UserError, run_script
+from utils.flags import add_model_flags, model_settings
 from utils.packages import quiet
 
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
@@ -45,11 +46,17 @@ def export_open_clip(clip: TrainedCLIP, folder: Path) -> None:
 def open_clip_config(config: CLIPConfig) -> dict:
     """Return the architecture with open_clip's keys."""
     vision = {"image_size": config.image_resolution, "patch_size": config.vision_patch_size}
-    vision |= {"layers": config.vision_layers, "width": config.vision_width}
+    vision |= {"layers": config.vision_layers, "width": config.vision_width, "head_width": config.vision_head_width}
     text = {"context_length": config.context_length, "vocab_size": config.vocab_size}
     text |= {"layers": config.transformer_layers, "width": config.transformer_width, "heads": config.transformer_heads}
     bias = {"init_logit_bias": 0.0} if config.logit_bias else {}  # creates the parameter; the weights set its value
-    return {"embed_dim": config.embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text, **bias}
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": vision,
+        "text_cfg": text,
+        **bias,
+    }
 
 
 def export_onnx(clip: TrainedCLIP, folder: Path) -> None:
@@ -89,15 +96,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_path", required=True, metavar="PATH", help=checkpoint_help)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the directory for the files")
     parser.add_argument("--format", choices=["open_clip", "onnx"], default="open_clip", help="default: %(default)s")
+    add_model_flags(parser)
     args = parser.parse_args(argv)
 
     files = OPEN_CLIP_FILES if args.format == "open_clip" else ONNX_FILES
     for file in files:
         if (args.output / file).exists():
             raise UserError(f"{args.output / file} already exists; move it away, or give another --output")
-    clip = load_clip(args.checkpoint_path)
+    clip = load_clip(args.checkpoint_path, **model_settings(args))
     if not isinstance(clip.model, CLIP):
         raise UserError(f"--checkpoint_path {args.checkpoint_path} is a model of open_clip; give a checkpoint of ours")
+    if args.format == "open_clip" and clip.model.config.vision_variant != "clip":
+        raise UserError(f"{args.checkpoint_path}: open_clip has no image encoder like SLIP's; add --format onnx")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         (export_open_clip if args.format == "open_clip" else export_onnx)(clip, args.output)

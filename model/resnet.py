@@ -1,13 +1,12 @@
 """CLIP's modified ResNet image encoder (Radford et al. 2021, section 2.4), with OpenAI's parameter names."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import HEAD_WIDTH, RESNET_STRIDE
+from model.config import RESNET_STRIDE, CLIPConfig
 from model.recompute import recomputed
 
 
@@ -103,8 +102,9 @@ class ModifiedResNet(nn.Module):
     Maps images [batch, 3, resolution, resolution] to features [batch, embed_dim].
     """
 
-    def __init__(self, layers: Sequence[int], width: int, resolution: int, embed_dim: int) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
+        layers, width = config.vision_layers, config.vision_width
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -120,7 +120,8 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self._stage(channels[1], width * 2, layers[1], stride=2)
         self.layer3 = self._stage(channels[2], width * 4, layers[2], stride=2)
         self.layer4 = self._stage(channels[3], width * 8, layers[3], stride=2)
-        self.attnpool = AttentionPool2d(resolution // RESNET_STRIDE, channels[4], channels[4] // HEAD_WIDTH, embed_dim)
+        grid_side = config.image_resolution // RESNET_STRIDE
+        self.attnpool = AttentionPool2d(grid_side, channels[4], config.vision_heads, config.embed_dim)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import HEAD_WIDTH
+from model.config import CLIPConfig
 from model.recompute import recomputed
 
 
@@ -13,6 +13,9 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Attention(nn.Module):
@@ -49,10 +52,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a hidden layer four times as wide."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: str) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
+        self.gelu = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,11 +65,11 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """One pre-norm transformer layer on [batch, length, width]."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: str) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
@@ -87,11 +90,11 @@ class Transformer(nn.Module):
     computes only these.
     """
 
-    def __init__(self, width: int, layers: int, heads: int, *, causal: bool) -> None:
+    def __init__(self, width: int, layers: int, heads: int, activation: str, *, causal: bool) -> None:
         super().__init__()
         self.causal = causal
         self.recompute = False
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         for block in self.resblocks[:-1]:
@@ -103,20 +106,27 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT with a class token (Dosovitskiy et al. 2021) and CLIP's additional LayerNorm before the blocks.
 
-    Maps images [batch, 3, resolution, resolution] to features [batch, embed_dim].
+    Maps images [batch, 3, resolution, resolution] to features [batch, embed_dim]. The variant `timm` is the encoder of
+    SLIP (Mu et al. 2022), a Vision Transformer of timm: GELU, no LayerNorm before the blocks, and an epsilon of 1e-6.
     """
 
-    def __init__(self, patch_size: int, layers: int, width: int, resolution: int, embed_dim: int) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        num_patches = (resolution // patch_size) ** 2
+        patch_size, width, is_timm = config.vision_patch_size, config.vision_width, config.vision_variant == "timm"
+        num_patches = (config.image_resolution // patch_size) ** 2
+        activation = "gelu" if is_timm else config.activation
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(num_patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, width // HEAD_WIDTH, causal=False)
+        self.ln_pre = nn.Identity() if is_timm else nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, activation, causal=False)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
+        if is_timm:
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = 1e-6
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [batch, num_patches, width]

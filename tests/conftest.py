@@ -21,6 +21,7 @@ from dataloader.data_loaders import TrainLoader, open_dataset
 from dataloader.sampler import START, BatchLayout, EpochSampler, Position
 from dataloader.storage.stream import ShardStream
 from model import CLIP, CLIPConfig
+from model.config import COCO_MEAN, COCO_STD
 from utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,11 +97,14 @@ def open_loader(
     size: int = 32,
     num_workers: int = 0,
     messages: list[str] | None = None,
+    image_mean: tuple[float, ...] = COCO_MEAN,
+    image_std: tuple[float, ...] = COCO_STD,
     **changes: object,
 ) -> TrainLoader:
     """Return the loader of a training set on the CPU; `changes` are keys of data_config.yaml."""
     config, logger = load_data_config(changes), message_logger([] if messages is None else messages)
-    options = {"image_size": size, "context_length": 77, "num_workers": num_workers, "logger": logger}
+    options = {"image_size": size, "image_mean": image_mean, "image_std": image_std, "context_length": 77}
+    options |= {"num_workers": num_workers, "logger": logger}
     dataset = open_dataset(train_set, config, sampler, **options)
     return TrainLoader(dataset, sampler, torch.device("cpu"), num_workers, logger)
 

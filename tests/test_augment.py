@@ -20,8 +20,8 @@ from utils.images import resize_and_crop
 from utils.tokenizer import get_tokenizer
 
 
-def augmentation(size=32, **changes) -> Augmentation:
-    return Augmentation(load_data_config({"augmentation": "standard", **changes}), size)
+def augmentation(size=32, image_mean=(0.5,) * 3, image_std=(0.25,) * 3, **changes) -> Augmentation:
+    return Augmentation(load_data_config({"augmentation": "standard", **changes}), size, image_mean, image_std)
 
 
 def picture(height=60, width=80, seed=0) -> torch.Tensor:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from dataloader.captions import read_captions
-from dataloader.config import load_data_config
 from dataloader.data_loaders import TrainLoader
 from dataloader.sources import GPUPixels
+from model.config import COCO_MEAN, COCO_STD
 from tests.conftest import make_captions, make_sampler, open_loader
 from utils.errors import UserError
 from utils.images import load_image, normalize, to_tensor
@@ -80,12 +80,11 @@ def test_an_image_that_the_cache_could_not_read_is_replaced_with_its_captions(tm
     loader = make_loader(files, tmp_path / "cache", cache, messages=messages)
     assert len([line for line in messages if "000000000023.png" in line]) == 1
     images = read_captions(*files).images
-    mean, std = (load_data_config().image_mean, load_data_config().image_std)
     seen = 0
     for batch in loader:
         for index, pixels, tokens in zip(batch.indices.tolist(), batch.images, batch.tokens, strict=True):
             shown = images[0 if index == 23 else index]  # the next one that can be read
-            expected = normalize(to_tensor(load_image(shown.path, 32))[None], mean, std)[0]
+            expected = normalize(to_tensor(load_image(shown.path, 32))[None], COCO_MEAN, COCO_STD)[0]
             assert (pixels - expected).abs().mean() < 0.05
             seen += index == 23
             assert tokens.max() == 49407

@@ -105,14 +105,15 @@ def test_bad_yaml_is_one_sentence(tmp_path: Path, text, message):
 
 
 def test_every_yaml_file_loads_and_holds_the_reference_values():
-    trainer, data, model = load_train_config(), load_data_config(), load_model_config()
+    load_data_config()
+    trainer, model = load_train_config(), load_model_config()
     assert (trainer.per_gpu_train_batch_size, trainer.per_gpu_eval_batch_size, trainer.n_gpu) == (64, 128, 4)
     assert (trainer.num_train_epochs, trainer.logging_steps, trainer.save_steps, trainer.seed) == (35, 50, 1000, 11)
     assert (trainer.optimizer.params.lr, trainer.optimizer.params.eps, trainer.optimizer.params.weight_decay) == (
         5e-4, 1e-8, 0.1,
     )  # fmt: skip
     assert trainer.warmup_share == 0.2 and trainer.optimizer.decay_timescale is None
-    assert data.image_mean == (0.4225, 0.4012, 0.3659) and data.image_std == (0.2681, 0.2635, 0.2763)
+    assert model.image_mean == (0.4225, 0.4012, 0.3659) and model.image_std == (0.2681, 0.2635, 0.2763)
     assert (model.name, model.embed_dim, model.vision_layers, model.transformer_layers) == (
         "RN50",
         1024,

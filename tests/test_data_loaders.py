@@ -51,7 +51,7 @@ def test_every_image_comes_once_an_epoch_over_all_processes_and_workers(tmp_path
     caption_set = read_captions(*make_captions(tmp_path, size=(8, 8)))
     tokens = tokenize([image.captions for image in caption_set.images], 77)
     dataset = CaptionDataset(
-        EncodedImages(caption_set.files, 8, None), tokens, Augmentation(load_data_config(), 8), seed=5
+        EncodedImages(caption_set.files, 8, None), tokens, Augmentation(load_data_config(), 8, MEAN, STD), seed=5
     )
     epochs = [Counter(), Counter()]
     orders = []
@@ -157,7 +157,9 @@ class Numbers(ImageSource):
 
 def test_a_replacement_depends_on_seed_epoch_and_index_alone():
     tokens = tokenize([(f"number {index}",) for index in range(24)], 77)
-    dataset = CaptionDataset(Numbers(set(range(1, 24, 2))), tokens, Augmentation(load_data_config(), 1), seed=7)
+    dataset = CaptionDataset(
+        Numbers(set(range(1, 24, 2))), tokens, Augmentation(load_data_config(), 1, MEAN, STD), seed=7
+    )
     batch = dataset.__getitems__([(2, index) for index in range(24)])
     for index, read in enumerate(batch.indices.tolist()):
         rng, expected = np.random.default_rng((7, 2, index)), index
@@ -173,7 +175,7 @@ def test_a_replacement_depends_on_seed_epoch_and_index_alone():
 
 def test_the_search_for_a_replacement_ends():
     tokens = tokenize([("a number",)] * 24, 77)
-    dataset = CaptionDataset(Numbers(set(range(24))), tokens, Augmentation(load_data_config(), 1), seed=7)
+    dataset = CaptionDataset(Numbers(set(range(24))), tokens, Augmentation(load_data_config(), 1, MEAN, STD), seed=7)
     batch = dataset.__getitems__([(0, 3)])
     assert len(batch.failures) == MAX_REPLACEMENTS and batch.images.shape == (1, 3, 1, 1)
 

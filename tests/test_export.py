@@ -28,7 +28,7 @@ def save(config: CLIPConfig, folder: Path) -> Path:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.ndim < 2:
             tensor.add_(0.1 * torch.rand_like(tensor) if "var" in name else 0.1 * torch.randn_like(tensor))
-    configs = {"model": dataclasses.asdict(config), "dataloader": PREPROCESSING}
+    configs = {"model": dataclasses.asdict(config) | PREPROCESSING, "dataloader": {}}
     torch.save({"model_state_dict": model.state_dict(), "configs": configs}, folder / "c.pt")
     return folder / "c.pt"
 

@@ -354,7 +354,7 @@ CHECKPOINTS = {
     "no config": (lambda _: config_with(model=None), "configuration"),
     "a list of configs": (lambda _: checkpoint_with(configs=[1]), "configuration"),
     "a config of another type": (lambda _: config_with(model={**TINY_PLAIN, "embed_dim": "big"}), "embed_dim"),
-    "no mean": (lambda _: config_with(dataloader={}), "configuration"),
+    "no mean": (lambda _: config_with(model={**TINY_PLAIN, "image_mean": [0.5]}), "image_mean"),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The Python API: every way to encode gives the same features."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from model import TrainedCLIP, load_clip
+from model import CLIP, TrainedCLIP, load_clip
+from tests.conftest import TINY
 from utils.errors import UserError
 from utils.images import load_image, normalize, to_tensor
 
@@ -16,8 +18,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
 @pytest.fixture
-def clip(tiny_model) -> TrainedCLIP:
-    return TrainedCLIP(tiny_model, MEAN, STD)
+def clip() -> TrainedCLIP:
+    torch.manual_seed(0)
+    return TrainedCLIP(CLIP(replace(TINY, image_mean=MEAN, image_std=STD)).eval())
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -93,7 +96,7 @@ def test_invalid_inputs_are_named(clip, tmp_path: Path):
 
 
 def test_a_loaded_checkpoint_has_its_preprocessing_and_source(tiny_model, tmp_path: Path):
-    torch.save({"model_state_dict": tiny_model.state_dict()}, tmp_path / "checkpoint_0_1.pt")
+    torch.save({"model_state_dict": tiny_model.state_dict(), "global_step": 1}, tmp_path / "checkpoint_0_1.pt")
     clip = load_clip(tmp_path)  # a folder
     assert clip.source == str(tmp_path / "checkpoint_0_1.pt") and clip.image_mean == (0.4225, 0.4012, 0.3659)
     assert not clip.model.training

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from utils.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]  # dotted key -> a `Setting`, or a value from `--set`
 
 

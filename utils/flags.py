@@ -42,3 +42,19 @@ def add_inference_flags(parser: argparse.ArgumentParser, *, templates: str) -> N
     add("--batch_size", type=positive, default=128, metavar="N", help="images per batch (default: %(default)s)")
     add("--num_workers", type=int, default=4, metavar="N", help="threads or processes that read (default: %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: a GPU if there is one")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what the weights of a checkpoint do not; `model_settings` reads them."""
+    add = parser.add_argument_group("what weights do not say (a warning tells if it had to be assumed)").add_argument
+    add("--activation", choices=["quick_gelu", "gelu"], help="OpenAI's models: quick_gelu; LAION's: gelu")
+    add("--vision_head_width", type=positive, metavar="N", help="channels of an attention head of the image encoder")
+    add("--transformer_heads", type=positive, metavar="N", help="attention heads of the text encoder")
+    add("--image_mean", type=float, nargs=3, metavar=("R", "G", "B"), help="mean of the images, in [0, 1]")
+    add("--image_std", type=float, nargs=3, metavar=("R", "G", "B"), help="their standard deviation")
+
+
+def model_settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return the flags of `add_model_flags` that were given, as the keywords of `load_clip`."""
+    names = ("activation", "vision_head_width", "transformer_heads", "image_mean", "image_std")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.packages import package_file
 
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+VOCAB_SIZE = 49_408
 NUM_MERGES = 49152 - 256 - 2  # the file lists 262,144; CLIP uses the first ones
 START, END = "<start_of_text>", "<end_of_text>"
 WORD = regex.compile(

@@ -1,9 +1,10 @@
 """Models of open_clip with the interface of ours, for comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from model.pretrained.inference import TrainedCLIP
 from utils.config import nearest
 from utils.errors import UserError
-from utils.images import load_image
+from utils.images import ImageLike, load_image
 from utils.packages import quiet
 
 PREFIX = "open_clip:"
@@ -21,11 +22,15 @@ PREFIX = "open_clip:"
 class Baseline(nn.Module):
     """An open_clip model with the methods of a `CLIP`, its own tokenizer and its own context length."""
 
-    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor], image_resolution: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor], config: dict[str, Any]) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.config = SimpleNamespace(image_resolution=image_resolution)
+        self.open_clip_config = config  # with the keys of open_clip's `open_clip_config.json`
+        rules = config["preprocess_cfg"]
+        size = rules["size"] if isinstance(rules["size"], int) else rules["size"][0]
+        mean, std = tuple(rules["mean"]), tuple(rules["std"])
+        self.config = SimpleNamespace(image_resolution=size, image_mean=mean, image_std=std)
         self.encode_image = model.encode_image
         self.encode_text = model.encode_text
 
@@ -65,12 +70,17 @@ def load_open_clip(name: str, device: str | torch.device = "cpu") -> TrainedCLIP
             raise UserError(f"{name}: cannot be downloaded ({reason}); {_download_steps(model_name, tag)}") from None
         raise UserError(f"{name}: cannot be loaded into open_clip's {model_name} ({reason}); give its model") from None
 
-    rules = model.visual.preprocess_cfg
-    size = rules["size"] if isinstance(rules["size"], int) else rules["size"][0]
-    resample = Image.Resampling[rules["interpolation"].upper()]
-    load = partial(load_image, resample=resample, is_squashed=rules["resize_mode"] == "squash")
-    baseline = Baseline(model, tokenizer, size).eval().to(device)
-    return TrainedCLIP(baseline, tuple(rules["mean"]), tuple(rules["std"]), name, load)
+    architecture = open_clip.get_model_config(model_name)
+    architecture["quick_gelu"] = bool(architecture.get("quick_gelu") or tag.get("quick_gelu"))
+    config = {"model_cfg": architecture, "preprocess_cfg": model.visual.preprocess_cfg}
+    baseline = Baseline(model, tokenizer, config).eval().to(device)
+    return TrainedCLIP(baseline, name, image_loader(config["preprocess_cfg"]))
+
+
+def image_loader(rules: Mapping[str, Any]) -> Callable[[ImageLike, int], Image.Image]:
+    """Return the function that reads an image, (file, size) -> picture, by `interpolation` and `resize_mode`."""
+    resample = Image.Resampling[rules.get("interpolation", "bicubic").upper()]
+    return partial(load_image, resample=resample, is_squashed=rules.get("resize_mode") == "squash")
 
 
 def _download_steps(model_name: str, tag: dict) -> str:

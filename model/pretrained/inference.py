@@ -45,10 +45,18 @@ class TrainedCLIP:
     """
 
     model: nn.Module  # a CLIP, or a `Baseline`
-    image_mean: tuple[float, float, float]  # of RGB in [0, 1]
-    image_std: tuple[float, float, float]
     source: str = ""  # the file or name that the weights were loaded from
     load: Callable[[ImageLike, int], Image.Image] = load_image  # (image, size) -> square RGB picture
+    notes: tuple[str, ...] = ()  # what was assumed or left out when the weights were loaded
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """Of RGB in [0, 1], as is `image_std`."""
+        return self.model.config.image_mean
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        return self.model.config.image_std
 
     @property
     def device(self) -> torch.device:

@@ -26,9 +26,8 @@ class Validation:
     """
 
     def __init__(self, data: OpenedData, state: TrainState, schedule: Schedule, runtime: Runtime) -> None:
-        images = state.configs.dataloader
         config = schedule.config
-        self.clip = TrainedCLIP(state.model, images.image_mean, images.image_std)
+        self.clip = TrainedCLIP(state.model)
         self.val_set = data.val
         self.class_set = data.classes
         self.state = state
