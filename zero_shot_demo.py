@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from utils.flags import add_checkpoint_flag, add_inference_flags, positive
+from utils.flags import Parser, add_checkpoint_flag, add_inference_flags, positive
 
 TEST_IMAGES = Path(__file__).with_name("test_images")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add_checkpoint_flag(parser, required=True)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--img_path", type=Path, metavar="FILE", help="one image")

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataloader.config import add_caption_flags, caption_spec
-from utils.flags import add_checkpoint_flag, add_inference_flags
+from utils.flags import Parser, add_checkpoint_flag, add_inference_flags
 
 DATASET_TYPES = ("cifar", "imagenet", "folder", "retrieval")
 CAPTION_FLAGS = {"annotation_file", "format", "csv_image_column", "csv_caption_column"}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     models = parser.add_mutually_exclusive_group(required=True)
     add_checkpoint_flag(models)
     models.add_argument("--compare", nargs="+", metavar="PATH", help="several models, in one table")

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.text import one_line
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such images
 NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow runs Ghostscript for EPS and decodes no other
@@ -205,7 +206,7 @@ def _unreadable() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         raise UnreadableImageError(reason) from None
 
 
