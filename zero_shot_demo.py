@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from utils.flags import add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings, positive
+from utils.flags import Parser, add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings, positive
 
 TEST_IMAGES = Path(__file__).with_name("test_images")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     add_checkpoint_flag(parser, required=True)
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--img_path", type=Path, metavar="FILE", help="one image")
@@ -75,15 +73,19 @@ def main(argv: list[str] | None = None) -> None:
         results = [{"predictions": [{"class": c, "probability": p} for c, p in ranking]} for ranking in rankings]
         print_rankings(files, rankings, out)
     if args.texts or args.show_predictions:
-        from utils.plots import plot_predictions, plot_similarity  # Matplotlib takes a second to import
+        from utils.plots import own_figure, plot_predictions, plot_similarity  # Matplotlib takes a second to import
+        from utils.reports import describe_origin
 
+        data = (args.img_path or args.img_dir).resolve()
+        note = describe_origin({"checkpoint": clip.source, "digest": clip.digest, "data": data})
+        name = "similarity.png" if args.texts else "single_img_demo.png" if args.img_path else "demo.png"
+        figure = own_figure(args.output / name, note)
         pictures = [load_image(file, PICTURE_SIZE) for file in files]
         if args.texts:
-            figure = plot_similarity(pictures, args.texts, similarities, args.output / "similarity.png")
+            plot_similarity(pictures, args.texts, similarities, figure, note)
         else:
-            name = "single_img_demo.png" if args.img_path else "demo.png"
-            figure = plot_predictions(pictures, rankings, args.output / name)
-        print("drew", figure, file=out)
+            plot_predictions(pictures, rankings, figure, note)
+        print("drew", one_line(figure), file=out)
     for path, reason in failures:
         print(f"skipped {one_line(path)}: {reason}", file=out)
     if args.json:

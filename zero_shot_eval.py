@@ -11,18 +11,20 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 from dataloader.config import add_caption_flags, caption_spec
-from utils.flags import add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings
+from utils.flags import Parser, add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings
 
 DATASET_TYPES = ("cifar", "imagenet", "folder", "retrieval")
 CAPTION_FLAGS = {"annotation_file", "format", "csv_image_column", "csv_caption_column"}
+NO_OPTIONS = {"checkpoint_path", "compare", "data_dir", "output", "predictions"}  # named apart, or only where to write
+NO_OPTIONS |= {"batch_size", "num_workers", "device"}  # change results by rounding at most
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     models = parser.add_mutually_exclusive_group(required=True)
     add_checkpoint_flag(models)
     models.add_argument("--compare", nargs="+", metavar="PATH", help="several models, in one table")
@@ -43,12 +45,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--class_names", nargs="+", metavar="NAME", help=f"{class_help} (default: the folders' names)")
     add_inference_flags(parser, templates="openai for imagenet, else single")
     add_model_flags(parser)
+    output_help = "folder for the results (default: %(default)s)"
+    parser.add_argument("--output", type=Path, metavar="DIR", default="zero_shot_eval_output", help=output_help)
+    predictions_help = "write a new CSV table: each image's file, label, and five best classes with probabilities"
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help=predictions_help)
     args = parser.parse_args(argv)
     unused = {"class_names"} if args.dataset_type != "folder" else set()
-    unused |= {"templates"} if args.dataset_type == "retrieval" else CAPTION_FLAGS
+    unused |= {"templates", "predictions"} if args.dataset_type == "retrieval" else CAPTION_FLAGS
     for flag in sorted(unused):
         if getattr(args, flag):
             parser.error(f"--{flag} has no effect with --dataset_type {args.dataset_type}; remove it")
+    if args.predictions and args.compare:
+        parser.error("--predictions takes one model: give it with --checkpoint_path")
     return args
 
 
@@ -61,26 +69,25 @@ from model import TrainedCLIP, load_clip
 from utils.device import choose_device
 from utils.errors import UserError, run_script
 from utils.image_loader import Failure
-from utils.reports import format_comparison, write_classification, write_retrieval
+from utils.reports import format_comparison, write_classification, write_predictions, write_retrieval
 from utils.text import one_line
-from utils.zero_shot import read_class_names, read_templates, zero_shot_accuracy
-
-OUTPUT_DIR = Path("zero_shot_eval_output")
+from utils.zero_shot import best_classes, read_class_names, read_templates, zero_shot_accuracy
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoints = args.compare or [args.checkpoint_path]
     labels, device = label_models(checkpoints), choose_device(args.device)
+    check_outputs(args)
     dataset = open_dataset(args)
     clips = [load_clip(checkpoint, device, **model_settings(args)) for checkpoint in checkpoints]
-    make_output_dir()
 
     evaluate = evaluate_captions if args.dataset_type == "retrieval" else evaluate_classes
     name = args.annotation_file.stem if args.annotation_file else args.data_dir.resolve().name or "root"
     summaries = {}
     for label, clip in zip(labels, clips, strict=True):
-        stem = OUTPUT_DIR / (f"{name}-{label}" if args.compare else name)
+        file_name = one_line(f"{name}-{label}" if args.compare else name)
+        stem = args.output / file_name.encode()[:200].decode(errors="ignore")  # a longer name may not be a file's
         summaries[label] = evaluate(clip, dataset, stem, args)
     if args.compare:
         print(f"\n{format_comparison(summaries)}")
@@ -92,7 +99,8 @@ def evaluate_classes(
     """Classify the images, write the report, and return its summary."""
     names = args.templates or ["openai" if args.dataset_type == "imagenet" else "single"]
     templates = read_templates(names)
-    print(f"{clip.source} on {dataset.title}: {len(dataset.images):,} images of {len(dataset.classnames):,} classes")
+    sizes = f"{len(dataset.images):,} images of {len(dataset.classnames):,} classes"
+    print(one_line(f"{clip.source} on {dataset.title}: {sizes}"))
     for note in dataset.notes:
         print(f"note: {one_line(note)}")
     classifier = clip.build_classifier(dataset.classnames, templates)
@@ -104,13 +112,17 @@ def evaluate_classes(
     accuracy = zero_shot_accuracy(image_features, labels, classifier)
     classes = list(zip(dataset.class_ids, dataset.classnames, strict=True))
     protocol = {"templates": names, "num_templates": len(templates), "skipped_images": len(failures)}
-    protocol["notes"] = list(dataset.notes)
-    return write_classification(stem, dataset.title, classes, accuracy, {"checkpoint": clip.source, **protocol})
+    protocol |= {"notes": list(dataset.notes), **describe_measurement(clip, args)}
+    summary = write_classification(stem, dataset.title, classes, accuracy, protocol)
+    if args.predictions:
+        best = best_classes(image_features, classifier)
+        write_predictions(args.predictions, dataset.images, dataset.labels, classes, indices, *best)
+    return summary
 
 
 def evaluate_captions(clip: TrainedCLIP, dataset: CaptionSet, stem: Path, args: argparse.Namespace) -> dict[str, float]:
     """Retrieve captions by image and images by caption, write the report, and return its summary."""
-    print(f"{clip.source} on {dataset.describe()}")
+    print(one_line(f"{clip.source} on {dataset.describe()}"))
     captions = [image.captions for image in dataset.images]
     features, (indices, _, failures) = clip.encode_captioned(
         dataset.files, captions, batch_size=args.batch_size, num_workers=args.num_workers, show_progress=True
@@ -118,8 +130,16 @@ def evaluate_captions(clip: TrainedCLIP, dataset: CaptionSet, stem: Path, args: 
     print_skipped(failures)
     readable = dataset.take(indices.tolist())
     captions = [image.captions for image in readable.images]
-    protocol = {"checkpoint": clip.source, "skipped_images": len(failures) + len(dataset.missing)}
+    protocol = {"skipped_images": len(failures) + len(dataset.missing), **describe_measurement(clip, args)}
     return write_retrieval(stem, features, readable.files, captions, protocol)
+
+
+def describe_measurement(clip: TrainedCLIP, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the model, the data and the flags that distinguish results from others."""
+    options = {flag: value for flag, value in vars(args).items() if value and flag not in NO_OPTIONS}
+    options = {flag: str(value.resolve()) if isinstance(value, Path) else value for flag, value in options.items()}
+    data = str(args.data_dir.resolve())
+    return {"checkpoint": clip.source, "digest": clip.digest, "data": data, "options": options}
 
 
 def print_skipped(failures: Sequence[Failure]) -> None:
@@ -139,14 +159,23 @@ def open_dataset(args: argparse.Namespace) -> ClassificationSet | CaptionSet:
     return load_class_folders(args.data_dir, args.class_names and read_class_names(args.class_names))
 
 
-def make_output_dir() -> None:
-    """Create the output folder before the work starts. Raises UserError if nothing can be written there."""
-    try:
-        OUTPUT_DIR.mkdir(exist_ok=True)
-        (OUTPUT_DIR / ".writable").touch()
-        (OUTPUT_DIR / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"{OUTPUT_DIR}/ cannot be written ({error.strerror}); start from another folder") from None
+def check_outputs(args: argparse.Namespace) -> None:
+    """Create the folders of the results before the work starts.
+
+    Raises UserError if nothing can be written there, or if the file of the predictions exists.
+    """
+    folders = {"--output": args.output}
+    if args.predictions:
+        folders["--predictions"] = args.predictions.parent
+        if args.predictions.exists():
+            raise UserError(f"--predictions {args.predictions} already exists; move it away, or name another file")
+    for flag, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{folder}/ cannot be written ({error.strerror}); name another place with {flag}") from None
 
 
 def label_models(checkpoints: Sequence[str]) -> list[str]:

@@ -84,7 +84,7 @@ def open_captions(spec: CaptionSpec) -> CaptionSet:
     the format, or no image has a caption.
     """
     if not Path(spec.img_dir).is_dir():
-        raise UserError(f"{spec.flags.img_dir} {spec.img_dir} does not exist; check the path.{_steps(spec.img_dir)}")
+        raise UserError(f"{spec.flags.img_dir} {spec.img_dir} does not exist; check the path", _steps(spec.img_dir))
     annotations = Annotations(spec)
     format = _detect_format(annotations) if spec.format == "auto" else spec.format
     if format == "shards":
@@ -99,7 +99,8 @@ def open_captions(spec: CaptionSpec) -> CaptionSet:
     if not found.images:
         raise UserError(
             f"none of the {len(found.missing):,} images of {where} is in {spec.flags.img_dir} {spec.img_dir} (e.g. "
-            f"{found.missing[0][:100]}); check both paths.{_steps(spec.img_dir)}"
+            f"{found.missing[0][:100]}); check both paths",
+            _steps(spec.img_dir),
         )
     return found
 
@@ -136,7 +137,7 @@ class Annotations:
             return self.file.read_bytes()
         except OSError as error:
             steps = "" if self.file.exists() else _steps(self.file)
-            raise UserError(f"{flag} {self.file} cannot be read ({error.strerror}); check the path.{steps}") from None
+            raise UserError(f"{flag} {self.file} cannot be read ({error.strerror}); check the path", steps) from None
 
     @cached_property
     def json(self) -> Any:

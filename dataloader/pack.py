@@ -4,7 +4,6 @@ python -m dataloader.pack --img_dir DIR --annotation_file FILE --output DIR     
 python -m dataloader.pack --img_dir DIR --annotation_file FILE --output DIR --form pixels --size 224
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -15,13 +14,12 @@ from dataloader.captions import open_captions
 from dataloader.config import add_caption_flags, caption_spec
 from dataloader.storage.packing import make_spec, pack, read_manifest
 from utils.errors import UserError, run_script
-from utils.flags import positive
+from utils.flags import Parser, positive
+from utils.text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--img_dir", required=True, type=Path, metavar="DIR")
     parser.add_argument(
         "--annotation_file", type=Path, metavar="FILE", help="not for a folder of name.jpg and name.txt"
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     spec = make_spec(train_set, args.form, args.size, args.images_per_shard)
     if read_manifest(args.output, spec) is not None:
-        print(f"{args.output} is packed already")
+        print(f"{one_line(args.output)} is packed already")
         return
     logger = logging.Logger("pack")
     logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -54,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
     sides = "a short side" if args.form == "shards" else "two sides"
     print(
-        f"packed {spec.num_images - len(unreadable):,} images with {sides} of {args.size} pixels into {args.output}: "
-        f"{num_bytes / 2**20:,.1f} MiB"
+        f"packed {spec.num_images - len(unreadable):,} images with {sides} of {args.size} pixels into "
+        f"{one_line(args.output)}: {num_bytes / 2**20:,.1f} MiB"
     )
 
 

@@ -4,7 +4,6 @@ python -m model.export --checkpoint_path F --output DIR                   then o
 python -m model.export --checkpoint_path F --output DIR --format onnx     image_encoder.onnx, text_encoder.onnx
 """
 
-import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from model import CLIP, CLIPConfig, TrainedCLIP, load_clip
 from utils.errors import UserError, run_script
-from utils.flags import add_model_flags, model_settings
+from utils.flags import Parser, add_model_flags, model_settings
 from utils.packages import quiet
+from utils.text import one_line
 
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
 ONNX_FILES = ("image_encoder.onnx", "text_encoder.onnx", "preprocessing.json")
@@ -89,9 +89,7 @@ def export_onnx(clip: TrainedCLIP, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     checkpoint_help = "a checkpoint, or a directory (its newest checkpoint)"
     parser.add_argument("--checkpoint_path", required=True, metavar="PATH", help=checkpoint_help)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the directory for the files")
@@ -113,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         (export_open_clip if args.format == "open_clip" else export_onnx)(clip, args.output)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error.strerror}); give another one") from None
-    print(f"wrote {', '.join(files)} to {args.output}")
+    print(f"wrote {', '.join(files)} to {one_line(args.output)}")
 
 
 if __name__ == "__main__":

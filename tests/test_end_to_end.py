@@ -143,6 +143,7 @@ def test_evaluation_on_folders_has_the_accuracies_counted_one_by_one(trained):
     result = json.loads((folder / "zero_shot_eval_output" / "labelled.json").read_text())
     assert (result["top1"], result["top5"], result["num_images"]) == (top1, top5, 40)
     text = (folder / "zero_shot_eval_output" / "labelled.txt").read_text().splitlines()
+    text = text[text.index("") + 1 :]
     for line, key, value in zip(text, ("top1", "top5"), (top1, top5), strict=False):
         low, high = result[f"{key}_interval_95"]
         assert low < value < high and all(f"{number:.2f}" in line for number in (value, low, high))

@@ -1,6 +1,8 @@
 import io
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,122 @@ def test_a_transparent_palette_is_drawn_on_white(tmp_path: Path):
     _palette_with_transparency().save(tmp_path / "a.png")
     loaded = load_image(tmp_path / "a.png", 40)
     assert loaded.getpixel((5, 20)) == WHITE and loaded.getpixel((35, 20)) == RED
+
+
+RAMP = np.tile(np.linspace(0, 1, 40), (40, 1))
+
+
+def read_both(path: Path) -> list[np.ndarray]:
+    """Return the picture as evaluation and as training read it, uint8 [height, width, 3]."""
+    return [np.asarray(load_image(path, 40)), read_pixels(path, 40).permute(1, 2, 0).numpy()]
+
+
+def tiff12(values: np.ndarray) -> bytes:
+    """Return a TIFF with 12 bits per value, which Pillow does not write."""
+    height, width = values.shape
+    rows = b"".join(int("".join(f"{value:012b}" for value in row), 2).to_bytes(width * 3 // 2, "big") for row in values)
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high", "white"),
+    [
+        (np.uint16, 0, 65_535, 255),
+        (np.uint16, 0, 4_095, 255),
+        (np.uint16, 0, 255, 255),
+        (np.uint16, 0, 40_000, 255 * 40_000 / 65_535),
+        (np.int32, 0, 16_383, 255),
+        (np.int32, -1_024, 3_071, 255),
+        (np.float32, 0, 1, 255),
+        (np.float32, 0, 0.5, 127.5),
+        (np.float32, 0, 255, 255),
+        (np.float32, 0, 100, 100),
+        (np.float32, -1, 1, 255),
+        (np.float32, 0, 5e4, 255),
+    ],
+)
+def test_grey_values_are_scaled_by_their_range(tmp_path: Path, dtype, low, high, white):
+    for suffix in ("tif", "png") if dtype == np.uint16 else ("tif",):
+        Image.fromarray((low + RAMP * (high - low)).astype(dtype)).save(tmp_path / f"a.{suffix}")
+        for image in read_both(tmp_path / f"a.{suffix}"):
+            assert np.abs(image - (RAMP * white)[..., None]).max() <= 1
+
+
+def test_12_bits_white_as_zero_and_missing_values_are_read(tmp_path: Path):
+    (tmp_path / "a.tif").write_bytes(tiff12((RAMP * 4_095).astype(int)))
+    (tmp_path / "dark.tif").write_bytes(tiff12((RAMP * 100).astype(int)))
+    Image.fromarray((RAMP * 65_535).astype(np.uint16)).save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    missing = RAMP.astype(np.float32)
+    missing[0, 39] = np.nan
+    Image.fromarray(missing).save(tmp_path / "missing.tif")
+    expected = {"a": RAMP * 255, "dark": RAMP * 100 / 16, "inverted": 255 - RAMP * 255, "missing": RAMP * 255}
+    expected["missing"][0, 39] = 0
+    for name, grey in expected.items():
+        for image in read_both(tmp_path / f"{name}.tif"):
+            assert np.abs(image - grey[..., None]).max() <= 1, name
+
+
+def test_a_transparent_16_bit_grey_is_drawn_on_white(tmp_path: Path):
+    Image.fromarray((RAMP * 65_535).astype(np.uint16)).save(tmp_path / "a.png", transparency=0)
+    for image in read_both(tmp_path / "a.png"):
+        assert image[0, 0].tolist() == [255] * 3 and image[0, 1].tolist() == [7] * 3
+
+
+def test_a_tiff_palette_of_8_bits_is_read(tmp_path: Path):
+    """TIFF's color map has 16 bits, but some programs write 8."""
+    image = Image.fromarray(np.full((40, 40), 1, dtype=np.uint8))
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "a.tif")
+    map_of = Image.open(tmp_path / "a.tif").tag_v2[320]
+    old, new = (struct.pack(f"<{len(map_of)}H", *values) for values in (map_of, [value >> 8 for value in map_of]))
+    (tmp_path / "b.tif").write_bytes((tmp_path / "a.tif").read_bytes().replace(old, new))
+    for name in ("a", "b"):
+        for pixels in read_both(tmp_path / f"{name}.tif"):
+            assert pixels[20, 20].tolist() == [200, 100, 50], name
+
+
+def png16(values: np.ndarray) -> bytes:
+    """Return a PNG with 16 bits per color, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape
+    rows = b"".join(b"\0" + row.repeat(3).astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_16_bit_colors_are_read_or_refused_where_pillow_keeps_too_few_bits(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(png16(RAMP * 65_535))
+    (tmp_path / "black.png").write_bytes(png16(RAMP * 0))
+    for name, white in (("a", 255), ("black", 0)):
+        for image in read_both(tmp_path / f"{name}.png"):
+            assert np.abs(image - (RAMP * white)[..., None]).max() <= 1
+    (tmp_path / "dark.png").write_bytes(png16(RAMP * 4_095))
+    for read in (load_image, read_pixels):
+        with pytest.raises(UnreadableImageError, match="save it with 8 bits"):
+            read(tmp_path / "dark.png", 40)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC picture"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"\x1b[2J", r"begins with b'\\x1b\[2J'"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_by_its_content(tmp_path: Path, content, kind):
+    (tmp_path / "a.jpg").write_bytes(content)
+    for read in (load_image, read_pixels):
+        with pytest.raises(UnreadableImageError, match=kind):
+            read(tmp_path / "a.jpg", 40)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

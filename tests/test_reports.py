@@ -1,6 +1,8 @@
 """The output of zero_shot_eval.py and zero_shot_demo.py, for any data and any names."""
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import zero_shot_eval
 from dataloader.captions import read_captions
 from model import CLIP, TrainedCLIP, load_clip
 from tests.conftest import ROOT, TINY, make_captions
+from tests.test_classification import write_cifar100
 from tests.test_imagenet import make_set
 from utils import imagenet
 from utils.device import choose_device
@@ -64,7 +67,11 @@ def test_imagenet_a_has_its_own_classes_as_candidates(folder: Path, capsys):
     assert [row["id"] for row in content["classes"]] == ids
     assert [row["num_images"] for row in content["classes"] if row["num_images"]] == [1, 1, 1]
     table = Path("zero_shot_eval_output/imagenet-a.txt").read_text().splitlines()
-    assert len(table) == 204 and table[4].split(maxsplit=2)[2] == f"{imagenet.classnames()[ids[0]]}  {ids[0]}"
+    header = table.index("")
+    assert (
+        len(table) - header == 205
+        and table[header + 5].split(maxsplit=2)[2] == f"{imagenet.classnames()[ids[0]]}  {ids[0]}"
+    )
     for picture in ("confusion", "classes"):
         assert Image.open(f"zero_shot_eval_output/imagenet-a_{picture}.png").size[0] > 500
     assert "ImageNet-A: 3 images of 200 classes" in capsys.readouterr().out
@@ -103,7 +110,7 @@ def test_retrieval_writes_the_metrics_of_the_python_api(folder: Path, capsys):
     assert (content["num_images"], content["num_captions"], content["skipped_images"]) == (23, 46, 1)
     assert 1 <= content["image_to_text_median_rank"] <= 46 and "folds" not in content
     text = Path("zero_shot_eval_output/captions.txt").read_text()
-    assert text.startswith("23 images, 46 captions\n") and text.count("median rank") == 2
+    assert "\n23 images, 46 captions\n" in text and text.count("median rank") == 2
     assert "skipped" in capsys.readouterr().out
     assert Image.open("zero_shot_eval_output/captions.png").size[0] > 500
 
@@ -152,6 +159,90 @@ def test_compared_models_share_a_table_and_overwrite_nothing(folder: Path, capsy
     assert Path("zero_shot_eval_output/set.txt").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_results_of_another_model_folder_or_prompt_are_kept(folder: Path, capsys):
+    """The weights count, not their file's name."""
+    data_dir = make_set(folder / "set", ["apple", "bus"])
+    flags = ["--dataset_type", "folder", "--output", "out/results", "--templates", "a {}"]
+    evaluate(*flags, "--data_dir", data_dir)
+    names = {path.name for path in Path("out/results").iterdir()}
+    assert names == {"set.txt", "set.json", "set_confusion.png", "set_classes.png"}
+    first = Path("out/results/set.json").read_bytes()
+    evaluate(*flags, "--data_dir", make_set(folder / "other" / "set", ["apple", "bus"]))
+    evaluate(*flags, "a photo of {}", "--data_dir", data_dir)
+    shutil.copy("second/checkpoint_0_1.pt", "first/checkpoint_0_1.pt")
+    evaluate(*flags, "--data_dir", data_dir)
+    assert {path.name for path in Path("out/results").glob("*.json")} == {
+        "set.json", "set-2.json", "set-3.json", "set-4.json"
+    }  # fmt: skip
+    assert (
+        Path("out/results/set.json").read_bytes() == first and "wrote out/results/set-4.txt" in capsys.readouterr().out
+    )
+    evaluate(*flags, "--data_dir", data_dir)
+    assert len(list(Path("out/results").iterdir())) == 16
+
+
+@pytest.mark.slow
+def test_text_json_and_pictures_name_model_data_and_date(folder: Path):
+    img_dir, annotation_file = make_captions(folder / "data", num_images=3)
+    evaluate("--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", annotation_file)
+    evaluate("--dataset_type", "folder", "--data_dir", make_set(folder / "set", ["apple", "bus"]))
+    for name, data, suffixes in (("captions", img_dir, (".png",)), ("set", "set", ("_confusion.png", "_classes.png"))):
+        content = result(name)
+        assert content["checkpoint"] == "first/checkpoint_0_1.pt" and content["digest"] == load_clip("first").digest
+        assert content["data"] == str(Path(data).resolve()) and content["date"].startswith("20")
+        text = Path(f"zero_shot_eval_output/{name}.txt").read_text(encoding="utf-8")
+        for suffix in suffixes:
+            described = Image.open(f"zero_shot_eval_output/{name}{suffix}").info["Description"]
+            assert text.startswith(described + "\n")
+            assert all(content[key] in described for key in ("checkpoint", "digest", "data", "date"))
+
+
+def test_a_file_of_the_same_name_is_kept(folder: Path):
+    Path("zero_shot_eval_output").mkdir()
+    Path("zero_shot_eval_output/set.txt").write_text("my notes")
+    evaluate("--dataset_type", "folder", "--data_dir", make_set(folder / "set", ["apple", "bus"]))
+    assert Path("zero_shot_eval_output/set.txt").read_text() == "my notes" and result("set-2")["num_images"] == 2
+
+
+def test_the_demo_keeps_the_figure_of_another_model(folder: Path):
+    data_dir = make_set(folder / "set", ["apple"]) / "apple"
+    flags = ["--img_dir", str(data_dir), "--class_names", "a", "b", "--show_predictions"]
+    for checkpoint in ("first", "second", "first"):
+        zero_shot_demo.main(["--checkpoint_path", checkpoint, *flags])
+    assert sorted(path.name for path in Path("demo_output").iterdir()) == ["demo-2.png", "demo.png"]
+    for name, checkpoint in (("demo", "first"), ("demo-2", "second")):
+        assert f"{checkpoint}/checkpoint_0_1.pt" in Image.open(f"demo_output/{name}.png").info["Description"]
+
+
+def test_predictions_have_a_row_for_each_image(folder: Path):
+    data_dir = make_set(folder / "set", ["0_apple", "1_apple", "2_a, b"])
+    (data_dir / "2_a, b" / "2.png").write_bytes(b"x")
+    flags = ["--dataset_type", "folder", "--data_dir", data_dir, "--class_names", "apple", "apple", "a, b"]
+    evaluate(*flags, "--predictions", "new/p.csv")
+    with Path("new/p.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "label", *(f"{name}_{k}" for k in (1, 2, 3) for name in ("class", "probability"))]
+    files = [row[0] for row in rows]
+    assert files == [str(file) for file in sorted(data_dir.glob("*/*"))] and rows[-1][2:] == [""] * 6
+    assert [row[1] for row in rows] == ["apple (0_apple)", "apple (1_apple)", "a, b", "a, b"]
+    expected = load_clip("first").classify(files[:3], ["apple", "apple", "a, b"])
+    for row, probabilities in zip(rows[:3], expected, strict=True):
+        assert [float(value) for value in row[3::2]] == pytest.approx(probabilities.sort(descending=True)[0], abs=1e-4)
+    with pytest.raises(UserError, match="p.csv already exists"):
+        evaluate(*flags, "--predictions", "new/p.csv")
+
+
+def test_predictions_name_the_images_of_cifar_by_number(folder: Path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    data_dir = write_cifar100(folder, monkeypatch, pixels, [1, 0, 1], ["apple", "palm_tree"])
+    evaluate("--dataset_type", "cifar", "--data_dir", data_dir, "--predictions", "p.csv")
+    rows = list(csv.reader(Path("p.csv").read_text().splitlines()))[1:]
+    assert [row[:2] for row in rows] == [["0", "palm tree"], ["1", "apple"], ["2", "palm tree"]]
+    top1 = 100 * sum(row[1] == row[2] for row in rows) / 3
+    assert result("CIFAR100")["top1"] == pytest.approx(top1)
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "labels"),
     [
@@ -178,6 +269,7 @@ def test_a_model_given_twice_is_refused():
         ["--dataset_type", "imagenet", "--class_names", "a"],
         ["--dataset_type", "folder", "--compare", "x"],
         ["--dataset_type", "folder", "--batch_size", "0"],
+        ["--dataset_type", "retrieval", "--predictions", "a.csv"],
     ],
 )
 def test_flags_without_an_effect_are_refused(flags, capsys):
@@ -190,8 +282,12 @@ def test_an_output_folder_that_cannot_be_written_is_reported_before_the_work(fol
     Path("zero_shot_eval_output").touch()
     make_set(folder / "set", ["apple"])
     monkeypatch.setattr(TrainedCLIP, "encode_readable", None)
-    with pytest.raises(UserError, match="zero_shot_eval_output/ cannot be written"):
+    with pytest.raises(UserError, match="zero_shot_eval_output/ cannot be written .* --output"):
         evaluate("--dataset_type", "folder", "--data_dir", "set")
+    with pytest.raises(UserError, match="zero_shot_eval_output/ cannot be written .* --predictions"):
+        evaluate(
+            "--dataset_type", "folder", "--data_dir", "set", "--output", "o", "--predictions", "zero_shot_eval_output/p"
+        )
 
 
 def files_of(folder: Path) -> set[str]:
@@ -210,7 +306,8 @@ def test_hostile_class_names_write_no_other_files(folder: Path, capsys):
     )
     written = files_of(folder) - before
     assert {Path(file).parts[0] for file in written} == {"zero_shot_eval_output", "demo_output"}
-    assert len(Path("zero_shot_eval_output/set.txt").read_text(encoding="utf-8").splitlines()) == 4 + len(HOSTILE)
+    table = Path("zero_shot_eval_output/set.txt").read_text(encoding="utf-8").splitlines()
+    assert len(table) - table.index("") == 5 + len(HOSTILE)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "\u202e" not in printed
     assert [row["class"] for row in result("set")["classes"]][:2] == ["../../escape", "$x 1$ & <b>"]

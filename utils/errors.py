@@ -3,9 +3,20 @@
 import sys
 from collections.abc import Callable
 
+from utils.text import one_line
+
 
 class UserError(Exception):
-    """An error that the user can correct. The message is one sentence: what is wrong, where, and what to do."""
+    """An error that the user can correct.
+
+    `message`: one sentence: what is wrong, where, and what to do. `steps`: lines of commands that follow it.
+    """
+
+    def __init__(self, message: str, steps: str = "") -> None:
+        super().__init__(one_line(message), steps)
+
+    def __str__(self) -> str:
+        return "".join(self.args)
 
 
 def run_script(main: Callable[[], None]) -> None:

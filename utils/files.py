@@ -1,6 +1,7 @@
 """Write files that are either complete or absent."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path`, which is replaced in one step. Raises OSError."""
     with atomic_open(path) as file:
         file.write(content)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Yield a path, then the same with -2, -3 and so on before its suffix."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
 
 
 def delete_unfinished(folder: Path) -> None:

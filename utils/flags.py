@@ -2,6 +2,22 @@
 
 import argparse
 import re
+from typing import NoReturn
+
+from utils.text import one_line
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's flags, which are not abbreviated; the description, the script's docstring, keeps its lines."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message, which may quote what was given."""
+        super().error(one_line(message))
 
 
 def positive(text: str) -> int:

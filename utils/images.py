@@ -13,10 +13,11 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.text import one_line
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` refuses such images
 NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow runs Ghostscript for EPS and decodes no other
@@ -32,6 +33,19 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 START_OF_SCAN = b"\xff\xda"  # the JPEG marker that ends the header
+BITS_PER_SAMPLE, PHOTOMETRIC, COLOR_MAP = 258, 262, 320  # TIFF
+OTHER_KINDS = {  # of files that Pillow does not decode, by what is in their first bytes
+    b"ftyphei": "a HEIC picture",
+    b"ftypmif": "a HEIF picture",
+    b"ftypavi": "an AVIF picture",
+    b"jxl ": "a JPEG XL picture",
+    b"<svg": "an SVG drawing",
+    b"<html": "an HTML page",
+    b"<!doctype html": "an HTML page",
+    b"%pdf": "a PDF document",
+    b"%!ps": "a PostScript document",
+    b"git-lfs": "a pointer of Git LFS: git lfs pull fetches the file",
+}
 
 ImageLike = str | Path | io.BytesIO | Image.Image
 
@@ -192,7 +206,7 @@ def _unreadable() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         raise UnreadableImageError(reason) from None
 
 
@@ -205,13 +219,27 @@ def _check_regular(source: ImageLike) -> None:
 def _open(source: ImageLike) -> tuple[Image.Image, Image.Transpose | None]:
     """Open an image, not decoded yet, and return it with the transpose that turns it upright.
 
-    Raises ValueError for a decompression bomb, and for a pipe or a device.
+    Raises ValueError for a decompression bomb, a pipe or a device, and 16-bit colors that use few of their bits.
     """
     _check_regular(source)
-    image = source if isinstance(source, Image.Image) else Image.open(source, formats=raster_formats())
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=raster_formats())
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot identify it as an image: {_describe_content(source)}") from None
     if image is not source and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are too many")
+    if image.mode.startswith("RGB") and ";16" in str(getattr(image, "tile", "")):  # Pillow keeps 8 of the 16 bits
+        brightest = max(high for _, high in image.getextrema()[:3])
+        if 0 < brightest < 16:
+            raise ValueError("its 16-bit colors are below 4,096, so 4 bits are left of them; save it with 8 bits")
     return image, ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
+
+
+def _describe_content(source: str | Path | io.BytesIO) -> str:
+    """Return what a file is that Pillow cannot identify."""
+    data = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    found = (kind for mark, kind in OTHER_KINDS.items() if mark in data[:512].lower())
+    return f"it is {kind}" if (kind := next(found, None)) else f"it begins with {data[:8]!r}" if data else "it is empty"
 
 
 def _read_jpeg_header(data: bytes) -> tuple[int, int, Image.Transpose | None]:
@@ -234,13 +262,38 @@ def _read_jpeg_header(data: bytes) -> tuple[int, int, Image.Transpose | None]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Decode to 8-bit RGB, with white where the image is transparent."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    color_map = getattr(image, "tag_v2", {}).get(COLOR_MAP, ())
+    if image.mode == "P" and 0 < max(color_map, default=0) < 256:  # 8 bits, where TIFF has 16
+        image.putpalette(bytes(color_map), "RGB;L")
+    transparency = image.info.get("transparency")
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = _to_grey(image)
+        if transparency is not None:
+            grey[np.asarray(image) == transparency] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    """Scale grey values of more than 8 bits, or floating-point ones, to uint8 [height, width].
+
+    Black is 0 and white the end of the smallest range that holds all values: of 8, 10, 12, 14 or 16 bits; 1 or 255 for
+    floating-point values. Values outside of these ranges are scaled from the lowest to the highest.
+    """
+    values, tags = np.asarray(image).astype(np.float32), getattr(image, "tag_v2", {})
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    black, white = low, high
+    depths = (12,) if tags.get(BITS_PER_SAMPLE) == (12,) else (8, 10, 12, 14, 16)
+    ranges = {2: 1, 256: 255} if image.mode == "F" else {1 << bits: (1 << bits) - 1 for bits in depths}
+    if low >= 0 and high < max(ranges):
+        black, white = 0.0, next(white for end, white in ranges.items() if high < end)
+    values = np.nan_to_num(values, nan=black, posinf=high, neginf=low)
+    grey = ((values - black) * (255 / max(white - black, 1e-30)) + 0.5).clip(0, 255).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # 0: white is zero
 
 
 def _central_part(height: int, width: int) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import numbered
 from utils.text import one_line
 
 matplotlib.use("Agg")  # figures go to files: no screen is needed
@@ -58,7 +59,10 @@ def plot_loss_curve(metrics_file: Path, path: Path, *, batch_size: int) -> Path:
 
 @plt.rc_context(STYLE)
 def plot_predictions(
-    images: Sequence[Image.Image], predictions: Sequence[Sequence[tuple[str, float]]], path: Path
+    images: Sequence[Image.Image],
+    predictions: Sequence[Sequence[tuple[str, float]]],
+    path: Path,
+    note: Sequence[str] = (),
 ) -> Path:
     """Draw a grid of images, each beside a bar chart of its (class name, probability) pairs, most probable first."""
     num_columns = max(1, min(6, round((0.75 * len(images)) ** 0.5)))  # about the aspect ratio of a slide
@@ -77,12 +81,16 @@ def plot_predictions(
             axes.text(0, bar - 0.28, _shorten(name, 30), **style)
             axes.text(1, bar - 0.28, f"{probability:.1%}", ha="right", **style)
         axes.set(xlim=(0, 1), ylim=(len(ranking) - 0.6, -0.8))
-    return _save(figure, path)
+    return _save(figure, path, note)
 
 
 @plt.rc_context(STYLE)
 def plot_similarity(
-    images: Sequence[Image.Image], texts: Sequence[str], similarities: Sequence[Sequence[float]], path: Path
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    similarities: Sequence[Sequence[float]],
+    path: Path,
+    note: Sequence[str] = (),
 ) -> Path:
     """Draw a table of cosine similarities: a column for each image, shown above it, and a row for each text.
 
@@ -109,11 +117,13 @@ def plot_similarity(
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    return _save(figure, path)
+    return _save(figure, path, note)
 
 
 @plt.rc_context(STYLE)
-def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path, *, title: str) -> Path:
+def plot_confusion(
+    confusion: np.ndarray, classnames: Sequence[str], path: Path, *, title: str, note: Sequence[str] = ()
+) -> Path:
     """Draw the share of each class's images (row) by predicted class (column), and list the most frequent confusions.
 
     `confusion`: counts, int64 [num_classes, num_classes]. More than 200 classes are drawn in blocks of neighbors.
@@ -138,7 +148,7 @@ def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path,
         for (row, column), share in np.ndenumerate(shares):
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="white" if share > 40 else INK)
     axes.set(xlabel="predicted class", ylabel="class", anchor="N")
-    axes.set_title(title, loc="left")
+    axes.set_title(one_line(title), loc="left")
 
     panel.axis("off")
     panel.set_title("most frequent confusions", loc="left")
@@ -146,7 +156,7 @@ def plot_confusion(confusion: np.ndarray, classnames: Sequence[str], path: Path,
     legend = panel.inset_axes([0.02, 0.45 / side, 0.6, 0.12 / side])
     figure.colorbar(image, cax=legend, orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
     legend.set_xlabel(f"% of the images of {'a class' if block == 1 else f'{block} neighboring classes'}")
-    return _save(figure, path, bbox_inches="tight")
+    return _save(figure, path, note, bbox_inches="tight")
 
 
 def _list_confusions(confusion: np.ndarray, classnames: Sequence[str]) -> list[str]:
@@ -164,7 +174,13 @@ def _list_confusions(confusion: np.ndarray, classnames: Sequence[str]) -> list[s
 
 @plt.rc_context(STYLE)
 def plot_class_accuracies(
-    classes: Sequence[tuple[str, float]], path: Path, *, title: str, average: float, num_shown: int = 20
+    classes: Sequence[tuple[str, float]],
+    path: Path,
+    *,
+    title: str,
+    average: float,
+    num_shown: int = 20,
+    note: Sequence[str] = (),
 ) -> Path:
     """Draw bars of the best and the worst (class name, top-1 accuracy in %) pairs, with the average over images."""
     ordered = sorted(classes, key=lambda entry: -entry[1])
@@ -173,7 +189,7 @@ def plot_class_accuracies(
         parts = {"": ordered}
     rows = max(map(len, parts.values()))
     figure = plt.figure(figsize=(5.4 * len(parts), 0.9 + 0.2 * rows), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(one_line(title), x=0.01, ha="left", fontsize=10)
     for axes, (part, entries) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
         names, values = [_shorten(name, 28) for name, _ in entries], [value for _, value in entries]
         axes.barh(range(len(entries)), values, height=0.68, color=[ACCENT if v >= average else QUIET for v in values])
@@ -184,7 +200,7 @@ def plot_class_accuracies(
         axes.set(xlim=(0, 105), ylim=(rows - 0.4, -0.6), xlabel="top-1 accuracy, % (dashed: all images)")
         axes.set_title(part, loc="left", fontsize=9)
         axes.tick_params(axis="y", length=0)
-    return _save(figure, path)
+    return _save(figure, path, note)
 
 
 class Match(NamedTuple):
@@ -200,6 +216,7 @@ def plot_retrieval(
     text_queries: Sequence[tuple[str, Sequence[Match]]],
     image_queries: Sequence[tuple[Image.Image, Sequence[Match]]],
     path: Path,
+    note: Sequence[str] = (),
 ) -> Path:
     """Draw captions with the most similar images, and images with the most similar captions; right ones are framed."""
     num_columns = 1 + max(len(matches) for _, matches in text_queries)
@@ -224,7 +241,20 @@ def plot_retrieval(
             frame = {"facecolor": "none", "edgecolor": RIGHT, "linewidth": 1.6, "pad": 2.5} if match.is_right else None
             captions.text(0.01, y, text, va="center", transform=captions.transAxes, bbox=frame)
     figure.supxlabel("Frame: right match. Numbers: cosine similarity.", fontsize=8, color=INK)
-    return _save(figure, path)
+    return _save(figure, path, note)
+
+
+def own_figure(path: Path, note: Sequence[str]) -> Path:
+    """Return the first of `path`, then with -2, -3 and so on, that is unused or has this `note`, except the date."""
+
+    def is_own(file: Path) -> bool:
+        try:
+            with Image.open(file, formats=["PNG"]) as image:
+                return image.info.get("Description", "").split("\n")[:-1] == list(note)[:-1]
+        except OSError:
+            return not file.exists()
+
+    return next(filter(is_own, numbered(path)))
 
 
 def _empty_axes(figure: plt.Figure, cell: matplotlib.gridspec.SubplotSpec) -> plt.Axes:
@@ -243,11 +273,20 @@ def _wrap(text: str, width: int = 38) -> str:
     return "\n".join(textwrap.wrap(_shorten(text, 110), width))
 
 
-def _save(figure: plt.Figure, path: Path, **options: str) -> Path:
-    """Save the figure and return its path; `options` go to `savefig`. Raises UserError if it cannot be written."""
+def _save(figure: plt.Figure, path: Path, note: Sequence[str] = (), **options: str) -> Path:
+    """Save the figure and return its path; the lines of the `note` stand below it and in the file's description.
+
+    `options` go to `savefig`. Raises UserError if it cannot be written.
+    """
+    if note:
+        width = int(15 * figure.get_figwidth())  # characters
+        lines = [line if len(line) <= width else f"{line[: width // 4]}…{line[-3 * width // 4 :]}" for line in note]
+        lines = [figure.get_supxlabel(), *map(one_line, lines)]
+        figure.supxlabel("\n".join(filter(None, lines)), x=0.01, ha="left", fontsize=7, color=INK)
+        figure.set_figheight(figure.get_figheight() + 0.15 * len(note))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, **options)
+        figure.savefig(path, metadata={"Description": "\n".join(note)} if note else None, **options)
     except OSError as error:
         raise UserError(f"the figure {path} cannot be written ({error.strerror}); check the folder") from None
     finally:

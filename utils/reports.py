@@ -1,13 +1,19 @@
 """Write an evaluation's results: a text table, JSON and figures with a common file name."""
 
+import contextlib
+import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import numbered, write_atomic
 from utils.images import ImageLike, load_image
 from utils.plots import Match, plot_class_accuracies, plot_confusion, plot_retrieval
 from utils.retrieval import FOLD_SIZE, fold_metrics, format_metrics, retrieval_metrics
@@ -16,6 +22,8 @@ from utils.zero_shot import ZeroShotAccuracy, wilson_interval
 
 NUM_QUERIES, NUM_MATCHES = 3, 5  # in the figure of a retrieval, in each direction
 PICTURE_SIZE = 192  # pixels per side, in figures
+SUFFIXES = (".json", ".txt", ".png", "_confusion.png", "_classes.png")
+IDENTITY = ("checkpoint", "digest", "data", "options")  # results replace those with the same values, and no others
 
 
 def write_classification(
@@ -23,8 +31,9 @@ def write_classification(
 ) -> dict[str, float]:
     """Write `stem`.txt, .json, _confusion.png and _classes.png; return the accuracies by column name, in percent.
 
-    `title`: the data set; `classes`: the (id, name) of each class; `protocol`: more entries for the JSON file. Classes
-    without images are listed with 0 images. Raises UserError if a file cannot be written.
+    `title`: the data set; `classes`: the (id, name) of each class; `protocol`: what was measured and how, for all
+    files; its IDENTITY decides whether -2, -3 and so on is added to `stem`. Classes without images are listed with 0
+    images. Raises UserError if a file cannot be written.
     """
     num_images = int(accuracy.total.sum())
     content = {
@@ -50,14 +59,14 @@ def write_classification(
         name, class_id = one_line(name), one_line(class_id)
         suffix = "" if class_id.replace("_", " ") == name else f"  {class_id}"
         lines.append(f"{top1:8.2f} {top5:8.2f}  {name}{suffix}")
-    _write(stem, lines, {**content, **protocol, "classes": rows})
+    stem, note = _write(stem, lines, {**content, **protocol, "classes": rows})
 
     heading = f"{title}: top-1 accuracy {content['top1']:.1f} % of {num_images:,} images"
     names = [name for _, name in classes]
-    plot_confusion(accuracy.confusion.numpy(), names, Path(f"{stem}_confusion.png"), title=heading)
+    plot_confusion(accuracy.confusion.numpy(), names, Path(f"{stem}_confusion.png"), title=heading, note=note)
     bars = [(row["class"], row["top1"]) for row in rows if row["num_images"]]
-    plot_class_accuracies(bars, Path(f"{stem}_classes.png"), title=heading, average=content["top1"])
-    print(f"wrote {stem}.txt and .json, {stem.name}_confusion.png and {stem.name}_classes.png")
+    plot_class_accuracies(bars, Path(f"{stem}_classes.png"), title=heading, average=content["top1"], note=note)
+    print(one_line(f"wrote {stem}.txt and .json, {stem.name}_confusion.png and {stem.name}_classes.png"))
     return summary
 
 
@@ -71,7 +80,7 @@ def write_retrieval(
     """Write `stem`.txt, .json and .png; return recalls in percent and median ranks by column name.
 
     `features`: the arguments of `retrieval_metrics`; `images` and `captions`: of each row of the image features, in
-    order; `protocol`: more entries for the JSON file. Raises UserError if a file cannot be written.
+    order; `protocol` as in `write_classification`. Raises UserError if a file cannot be written.
     """
     num_images, num_captions = len(images), len(features[1])
     metrics = retrieval_metrics(*features)
@@ -82,9 +91,9 @@ def write_retrieval(
         lines += ["", f"mean over {num_folds} folds of {FOLD_SIZE:,} images", format_metrics(folds)]
         content["folds"] = {"num_folds": num_folds, "images_each": FOLD_SIZE, **folds}
     print("\n".join(lines))
-    _write(stem, lines, {**content, **protocol})
-    _draw_matches(features, images, captions, Path(f"{stem}.png"))
-    print(f"wrote {stem}.txt, .json and .png")
+    stem, note = _write(stem, lines, {**content, **protocol})
+    _draw_matches(features, images, captions, Path(f"{stem}.png"), note)
+    print(one_line(f"wrote {stem}.txt, .json and .png"))
     summary = {}
     for direction, short in (("image_to_text", "i2t"), ("text_to_image", "t2i")):
         summary |= {f"{short} R@{k}": 100 * metrics[f"{direction}_R@{k}"] for k in (1, 5, 10)}
@@ -103,17 +112,88 @@ def format_comparison(summaries: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _write(stem: Path, lines: Sequence[str], content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+def describe_origin(protocol: dict[str, Any]) -> list[str]:
+    """Return the lines of a report or a figure that name the model, the data and the date."""
+    date = datetime.now().astimezone().isoformat(" ", "seconds")
+    values = {"model": protocol.get("checkpoint"), "data": protocol.get("data"), "date": date}
+    values["model"] = f"{values['model']} (digest {protocol.get('digest')})"
+    if captions := protocol.get("options", {}).get("annotation_file"):
+        values["data"] = f"{values['data']}, {captions}"
+    return [f"{name:<6} {one_line(value)}" for name, value in values.items()]
+
+
+def write_predictions(
+    path: Path,
+    images: Sequence[ImageLike],
+    labels: Sequence[int],
+    classes: Sequence[tuple[str, str]],
+    indices: Tensor,
+    best: Tensor,
+    probabilities: Tensor,
+) -> None:
+    """Write a CSV table with a row for each image: its file or its number, its class, its most probable classes.
+
+    `labels`: the class of each image; `classes`: the (id, name) of each class; `indices`: int64 [num_readable], the
+    positions of the readable images; `best` and `probabilities`: [num_readable, k], of their classes. For the other
+    images these columns are empty. Raises UserError if the file cannot be written.
+    """
+    counts = Counter(name for _, name in classes)
+    names = [one_line(f"{name} ({class_id})" if counts[name] > 1 else name) for class_id, name in classes]
+    found = dict(zip(indices.tolist(), zip(best.tolist(), probabilities.tolist(), strict=True), strict=True))
+    table = io.StringIO()
+    write_row = csv.writer(table, lineterminator="\n").writerow
+    write_row(
+        ["file", "label"] + [f"{column}_{k + 1}" for k in range(best.shape[1]) for column in ("class", "probability")]
+    )
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        pairs = zip(*found[number], strict=True) if number in found else ()
+        cells = [cell for place, value in pairs for cell in (names[place], f"{value:.6f}")]
+        file = image if isinstance(image, str | Path) else number
+        write_row([file, names[label], *cells] + [""] * (2 * best.shape[1] - len(cells)))
     try:
-        Path(f"{stem}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        Path(f"{stem}.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        write_atomic(path, table.getvalue().encode(errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); check the folder") from None
+    print(one_line(f"wrote {path}"))
+
+
+def _write(stem: Path, lines: Sequence[str], content: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Write the JSON file and the text; return the stem that they got and the lines of `describe_origin`."""
+    note = describe_origin(content)
+    content = {"date": note[-1].split(maxsplit=1)[1], **content}
+    header = [*note, *(f"note   {one_line(text)}" for text in content.get("notes", ())), ""]
+    try:
+        for own in numbered(stem):
+            file = Path(f"{own}.json")
+            is_free = not any(Path(f"{own}{suffix}").exists() for suffix in SUFFIXES)
+            if is_free or _identity(file) == {key: content.get(key) for key in IDENTITY}:
+                with (
+                    contextlib.suppress(FileExistsError),
+                    file.open("x" if is_free else "w", encoding="utf-8") as opened,
+                ):
+                    opened.write(json.dumps(content, indent=2) + "\n")
+                    break
+        Path(f"{own}.txt").write_text("\n".join([*header, *lines]) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{stem}.txt or .json cannot be written ({error.strerror}); check the folder") from None
+    return own, note
+
+
+def _identity(file: Path) -> dict[str, Any] | None:
+    """Return the IDENTITY of earlier results, or None if the file holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {key: content.get(key) for key in IDENTITY}
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _draw_matches(
-    features: tuple[Tensor, Tensor, Tensor], images: Sequence[ImageLike], captions: Sequence[Sequence[str]], path: Path
+    features: tuple[Tensor, Tensor, Tensor],
+    images: Sequence[ImageLike],
+    captions: Sequence[Sequence[str]],
+    path: Path,
+    note: Sequence[str],
 ) -> None:
     """Draw a few captions with the most similar images, and as many images with the most similar captions."""
     image_features, text_features, image_of_text = features
@@ -132,7 +212,7 @@ def _draw_matches(
         found = most_similar(image_features[row], text_features)
         matches = [Match(texts[text], value, rows[text] == row) for text, value in found]
         image_queries.append((load_image(images[row], PICTURE_SIZE), matches))
-    plot_retrieval(text_queries, image_queries, path)
+    plot_retrieval(text_queries, image_queries, path, note=note)
 
 
 def _spread(count: int, first: float) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from utils import imagenet
@@ -53,6 +54,16 @@ def zero_shot_accuracy(image_features: Tensor, labels: Tensor, classifier: Tenso
         confusion += (targets * num_classes + best[:, 0]).bincount(minlength=num_classes**2)
         top5 += targets[(best == targets[:, None]).any(dim=1)].bincount(minlength=num_classes)
     return ZeroShotAccuracy(confusion.view(num_classes, num_classes).cpu(), top5.cpu())
+
+
+def best_classes(image_features: Tensor, classifier: Tensor, num_best: int = 5) -> tuple[Tensor, Tensor]:
+    """Return the classes most similar to each image, int64 [num_images, num_best], and their `class_probabilities`."""
+    parts = []
+    for features in image_features.split(4096):
+        best = (features @ classifier.t()).topk(min(num_best, len(classifier)), dim=1).indices
+        parts.append((best, class_probabilities(features, classifier).gather(1, best)))
+    classes, probabilities = map(torch.cat, zip(*parts, strict=True))
+    return classes, probabilities
 
 
 def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """A trained model with its preprocessing: scripts, validation and the Python API encode images and texts here."""
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,15 @@ class TrainedCLIP:
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of a checksum over the weights, the configuration and the preprocessing."""
+        checksum = hashlib.sha256(repr((self.model.config, self.image_mean, self.image_std)).encode())
+        for name, tensor in self.model.state_dict().items():
+            checksum.update(name.encode())
+            checksum.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return checksum.hexdigest()[:16]
 
     @torch.no_grad()
     def encode_readable(

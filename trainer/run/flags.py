@@ -3,14 +3,12 @@
 import argparse
 from pathlib import Path
 
-from utils.flags import parse_duration
+from utils.flags import Parser, parse_duration
 
 
 def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 and a usage line for unknown flags and impossible values."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description)
     add = parser.add_argument
     add("--sample", action="store_true", help="train a small model on drawings; downloads nothing")
     add("--config", type=Path, metavar="FILE", help="YAML with sections model, trainer, dataloader")

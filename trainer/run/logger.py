@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from utils.config import to_plain
 from utils.files import write_atomic
+from utils.text import one_line, printable
 
 
 class RunLogger(logging.Logger):
@@ -45,6 +46,12 @@ class RunLogger(logging.Logger):
             for opened in (self._metrics, self._tensorboard, *self.handlers):
                 if opened:
                     opened.close()
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Pass on a record without control characters, a warning on one line."""
+        clean = one_line if record.levelno >= logging.WARNING else printable
+        record.msg, record.args = clean(record.getMessage()), None
+        super().handle(record)
 
     def log_config(self, configs: Any) -> None:
         """Write the merged configuration to the text file alone."""

@@ -46,8 +46,8 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
     }
     if data.classes:
         sizes = f"{len(data.classes.images):,} images of {len(data.classes.classnames):,} classes"
-        rows["zero-shot"] = one_line("; ".join([sizes, *data.classes.notes]))
-    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+        rows["zero-shot"] = "; ".join([sizes, *data.classes.notes])
+    return "\n".join(f"{name:<10} {one_line(value)}" for name, value in rows.items())
 
 
 def describe_memory(config: TrainConfig, runtime: Runtime) -> str:
