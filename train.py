@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataloader.data_loaders import TrainLoader, open_data, open_dataset
+from dataloader.data_loaders import TrainLoader, identify, open_data, open_dataset
 from dataloader.sample import make_sample
 from model import CLIP
 from trainer.loss import build_objective
@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         RunLogger(folder.logs, append=args.resume is not None, enabled=runtime.is_main) as logger,
     ):
         # the contents of the checkpoint to resume, or None; rank 0 reads it for all
-        checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger))
+        identity = runtime.on_main(lambda: identify(data.train))
+        same_data = {"training_data": identity, "allow_other_data": args.allow_other_data}
+        checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger, **same_data))
         sampler = make_sampler(data.train.num_images, config, runtime, checkpoint)
 
         model = CLIP(configs.model).to(runtime.device, memory_format=torch.channels_last)
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             model.recompute_activations()
         optimizer = build_optimizer(model, config.optimizer, sampler.steps_per_epoch)  # decay is set in epochs
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        state = TrainState(model, optimizer, scaler, configs)
+        state = TrainState(model, optimizer, scaler, configs, training_data=identity)
         if checkpoint:
             restore(state, checkpoint, runtime, logger)
         logger.drop_rows_after(state.global_step)

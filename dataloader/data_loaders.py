@@ -24,6 +24,7 @@ from dataloader.config import DataConfig
 from dataloader.sampler import START, Batch, EpochSampler
 from dataloader.sources import EncodedImages, ImageSource
 from dataloader.storage.cache import open_cache
+from dataloader.storage.identity import fingerprint, relative_names, stamps
 from dataloader.storage.stream import ShardStream, StreamDataset
 from dataloader.token_table import TokenTable, random_numbers, tokenize
 from utils.errors import UserError
@@ -51,6 +52,23 @@ def open_data(config: DataConfig) -> OpenedData:
     val, class_dir = config.captions("val"), config.val_class_dir
     classes = class_dir and load_class_folders(Path(class_dir), flag="--set dataloader.val_class_dir")
     return OpenedData(train, val and open_captions(val), classes)
+
+
+def identify(train_set: CaptionSet | ShardStream) -> str:
+    """Return "N images, M captions, fingerprint F", by which a checkpoint tells its training set from others.
+
+    The fingerprint covers, in order, the images' names below their common folder, their sizes in bytes (of shards also
+    the checksums) and their captions; of a stream the shards' names and the number of images.
+    """
+    if isinstance(train_set, ShardStream):
+        names = relative_names([url.partition("?")[0] for url in train_set.urls])  # without a signature
+        return f"{train_set.num_images} images, fingerprint {fingerprint(names, train_set.num_images)}"
+    paths, shards = [image.path for image in train_set.images], train_set.shards
+    columns = ("size", "crc") if shards else ()
+    sizes = [shards.index[column][shards.rows] for column in columns] or [stamps(paths)[:, 0]]
+    captions = [image.captions for image in train_set.images]
+    value = fingerprint(relative_names(paths), *(column.tolist() for column in sizes), captions)
+    return f"{train_set.num_images} images, {train_set.num_captions} captions, fingerprint {value}"
 
 
 class CaptionDataset(Dataset):
@@ -167,7 +185,7 @@ def open_dataset(
         gib = train_set.num_images * image_size**2 * 3 / 2**30
         if not shards:
             advice = f"--set dataloader.cache=pixels would save it, with {gib:.1f} GiB in {config.cache_dir}"
-    captions = tokenize([image.captions for image in train_set.images], context_length, tokens_file)
+    captions = tokenize([image.captions for image in train_set.images], context_length, tokens_file, logger)
     options = {"seed": sampler.seed, "max_unreadable": max_unreadable, "advice": advice}
     return CaptionDataset(source, captions, augmentation, **options)
 
@@ -222,6 +240,12 @@ class TrainLoader:
         self.wait_seconds += time.perf_counter() - start
         if batch is None:
             return None
+        if not len(batch.images):
+            path, reason = batch.failures[-1]
+            raise UserError(
+                f"the stream has too few images with captions (the last sample, {one_line(path)}: {one_line(reason)}); "
+                "check its shards"
+            )
         self._report(batch.failures)
         images = self.dataset.source.to_device(batch.images, batch.indices, self.device)
         return batch._replace(images=images, tokens=batch.tokens.to(self.device, non_blocking=True))

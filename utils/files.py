@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -39,7 +40,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def delete_unfinished(folder: Path) -> None:
-    """Delete the unfinished files that killed processes left in `folder`. Raises OSError."""
-    for part in folder.glob(f"*{UNFINISHED}*"):
-        part.unlink(missing_ok=True)
+def delete_unfinished(folder: Path, names: str) -> None:
+    """Delete what killed processes left in `folder` of files whose names match a regular expression. Raises OSError."""
+    for part in folder.iterdir():
+        if re.fullmatch(f"({names}){re.escape(UNFINISHED)}[0-9]+", part.name):
+            part.unlink(missing_ok=True)

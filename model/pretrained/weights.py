@@ -23,7 +23,8 @@ OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26
 
 
 def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCLIP:
-    """Load a trained model in evaluation mode and float32 from a file, or from the newest `*.pt` file of a directory.
+    """Load a trained model in evaluation mode and float32 from a file, or from the `*.pt` file of a directory
+    whose name has the highest step.
 
     Reads our checkpoints; the reference's (`model_state_dict`, COCO's mean and std); and state dicts of OpenAI or
     open_clip (bare or under `state_dict`, with or without `module.`, of any float type, OpenAI's mean and std). The
@@ -34,7 +35,7 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
         return load_open_clip(str(path), device)
     path = Path(path)
     if path.is_dir():
-        checkpoints = sorted(path.glob("*.pt"), key=lambda file: file.stat().st_mtime)
+        checkpoints = sorted(path.glob("*.pt"), key=_age)
         if not checkpoints:
             raise UserError(f"the directory {path} holds no checkpoint (*.pt); train one: python train.py --sample")
         path = checkpoints[-1]
@@ -50,6 +51,12 @@ def load_clip(path: str | Path, device: str | torch.device = "cpu") -> TrainedCL
     model = CLIP(config)
     load_weights(model, state_dict, path)
     return TrainedCLIP(model.eval().to(device), mean, std, str(path))
+
+
+def _age(file: Path) -> tuple[int, float]:
+    """Return the step that ends a checkpoint's name, -1 for another name, and the time, which copying may change."""
+    step = file.stem.rpartition("_")[2]
+    return int(step) if step.isascii() and step.isdecimal() else -1, file.stat().st_mtime
 
 
 def load_weights(model: CLIP, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
