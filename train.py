@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataloader.data_loaders import TrainLoader, identify, open_data, open_dataset
+from dataloader.data_loaders import TrainLoader, open_data, open_dataset
 from dataloader.sample import make_sample
 from model import CLIP
 from trainer.loss import build_objective
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         RunLogger(folder.logs, append=args.resume is not None, enabled=runtime.is_main) as logger,
     ):
         # the contents of the checkpoint to resume, or None; rank 0 reads it for all
-        identity = runtime.on_main(lambda: identify(data.train))
+        identity = runtime.on_main(data.identify)
         same_data = {"training_data": identity, "allow_other_data": args.allow_other_data}
         checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger, **same_data))
         sampler = make_sampler(data.train.num_images, config, runtime, checkpoint)

@@ -42,6 +42,24 @@ class OpenedData(NamedTuple):
     val: CaptionSet | None
     classes: ClassificationSet | None
 
+    def identify(self) -> str:
+        """Return "N images, M captions, fingerprint F", by which a checkpoint tells the training set from others.
+
+        The fingerprint covers, in order, the images' names below their common folder, their sizes in bytes (in shards
+        also the checksums) and their captions; of a stream the shards' names.
+        """
+        train = self.train
+        if isinstance(train, ShardStream):
+            names = relative_names([url.partition("?")[0] for url in train.urls])  # without a signature
+            return f"{train.num_images} images, fingerprint {fingerprint(names)}"
+        paths, shards = [image.path for image in train.images], train.shards
+        contents = (
+            [shards.index[column][shards.rows] for column in ("size", "crc")] if shards else [stamps(paths)[:, 0]]
+        )
+        captions = [image.captions for image in train.images]
+        value = fingerprint(relative_names(paths), [column.tolist() for column in contents], captions)
+        return f"{train.num_images} images, {train.num_captions} captions, fingerprint {value}"
+
 
 def open_data(config: DataConfig) -> OpenedData:
     """Find the images and captions that the configuration names. Raises UserError if any are missing."""
@@ -52,23 +70,6 @@ def open_data(config: DataConfig) -> OpenedData:
     val, class_dir = config.captions("val"), config.val_class_dir
     classes = class_dir and load_class_folders(Path(class_dir), flag="--set dataloader.val_class_dir")
     return OpenedData(train, val and open_captions(val), classes)
-
-
-def identify(train_set: CaptionSet | ShardStream) -> str:
-    """Return "N images, M captions, fingerprint F", by which a checkpoint tells its training set from others.
-
-    The fingerprint covers, in order, the images' names below their common folder, their sizes in bytes (of shards also
-    the checksums) and their captions; of a stream the shards' names and the number of images.
-    """
-    if isinstance(train_set, ShardStream):
-        names = relative_names([url.partition("?")[0] for url in train_set.urls])  # without a signature
-        return f"{train_set.num_images} images, fingerprint {fingerprint(names, train_set.num_images)}"
-    paths, shards = [image.path for image in train_set.images], train_set.shards
-    columns = ("size", "crc") if shards else ()
-    sizes = [shards.index[column][shards.rows] for column in columns] or [stamps(paths)[:, 0]]
-    captions = [image.captions for image in train_set.images]
-    value = fingerprint(relative_names(paths), *(column.tolist() for column in sizes), captions)
-    return f"{train_set.num_images} images, {train_set.num_captions} captions, fingerprint {value}"
 
 
 class CaptionDataset(Dataset):

@@ -33,7 +33,7 @@ def open_cache(
     try:
         unreadable, reason = read_manifest(train_set, folder, spec, logger), "which later runs use too"
     except OtherPackError as error:
-        unreadable, reason = None, f"because what is there belongs to other images: {error.reason}"
+        unreadable, reason = None, f"since it is of other images ({error.reason}); to keep both, give each a cache_dir"
     if unreadable is None:
         with _lock(folder, logger):
             logger.info(f"building the cache {folder}, {reason}")

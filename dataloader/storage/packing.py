@@ -65,7 +65,9 @@ class OtherPackError(UserError):
 def make_spec(train_set: CaptionSet, form: str, size: int, images_per_chunk: int = 1000) -> PackSpec:
     """Describe the pack of these images. Raises UserError if they are in shards."""
     if train_set.shards:
-        raise UserError(f"{train_set.shards.folder} contains shards, which are packed images already; use it as it is")
+        raise UserError(
+            f"{train_set.shards.folder} contains shards, which are packed images already; set dataloader.cache to none"
+        )
     names = fingerprint(relative_names([image.path for image in train_set.images]))
     return PackSpec(form, size, images_per_chunk, train_set.num_images, names)
 
@@ -79,7 +81,7 @@ def read_manifest(train_set: CaptionSet, folder: Path, spec: PackSpec, logger: l
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         others = sorted(file.name for file in folder.glob("*") if re.fullmatch(rf"{OWN_NAMES}|.*\.tar", file.name))
         if others:
             raise UserError(
@@ -87,7 +89,9 @@ def read_manifest(train_set: CaptionSet, folder: Path, spec: PackSpec, logger: l
                 "pack; move the file away, or choose another folder"
             ) from None
         return None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); choose another folder") from None
+    except ValueError:
         manifest = {}
     if reason := _difference(manifest, train_set, folder, spec, logger):
         raise OtherPackError(folder, reason)
