@@ -86,7 +86,7 @@ def tokenize(
             with np.load(cache_file) as stored:
                 if str(stored["fingerprint"]) == identity:
                     return TokenTable(stored["ids"], stored["ends"], first, context_length)
-            reason = "is of other captions"
+            reason = "is of other captions or another context length"
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             reason = "is damaged"
         logger.info(f"{cache_file} {reason}: tokenizing the captions again")

@@ -30,15 +30,16 @@ def open_cache(
     size = image_size if is_exact else round(image_size * 8 / 7)  # the customary 256 for 224
     folder = Path(config.cache_dir) / f"{form}_{size}"
     spec = make_spec(train_set, form, size)
-    try:
-        unreadable, reason = read_manifest(train_set, folder, spec, logger), "which later runs use too"
-    except OtherPackError as error:
-        unreadable, reason = None, f"since it is of other images ({error.reason}); to keep both, give each a cache_dir"
-    if unreadable is None:
-        with _lock(folder, logger):
-            logger.info(f"building the cache {folder}, {reason}")
+    with _lock(folder, logger):
+        try:
+            unreadable, reason = read_manifest(train_set, folder, spec, logger), ""
+        except OtherPackError as error:
+            unreadable, reason = None, error.reason
+        if unreadable is None:
+            why = f"anew, since {reason}" if reason else "which later runs use too"
+            logger.info(f"building the cache {folder}, {why}")
             options = {"num_workers": num_workers, "logger": logger, "flag": "--set dataloader.cache_dir=DIR"}
-            unreadable = pack(train_set, folder, spec, replace=True, **options)
+            unreadable = pack(train_set, folder, spec, replace=bool(reason), **options)
     if len(unreadable) > config.max_unreadable_share * spec.num_images:
         raise UserError(
             f"{len(unreadable):,} of the {spec.num_images:,} images were unreadable when the cache {folder} was built; "
@@ -50,13 +51,16 @@ def open_cache(
     if form == "pixels":
         source: ImageSource = PixelCache(folder / PIXELS_FILE, readable[chosen], size, config.cache_device)
     else:
-        source = EncodedImages(Shards.open(folder, chosen), image_size, size)  # shards lack the unreadable images
+        shards = Shards.open(folder, chosen)  # they lack the unreadable images
+        for note in shards.notes:
+            logger.info(note)
+        source = EncodedImages(shards, image_size, size)
     return cached_set, source, folder / TOKENS_FILE
 
 
 @contextlib.contextmanager
 def _lock(folder: Path, logger: logging.Logger) -> Iterator[None]:
-    """Wait until no other run builds this cache. Without locks, as on some network disks, do not wait."""
+    """Wait until no other run checks or builds this cache. Without locks, as on some network disks, do not wait."""
     lock = FileLock(folder.with_suffix(".lock"))
     with contextlib.suppress(OSError, NotImplementedError):  # `pack` says that a folder cannot be written
         folder.parent.mkdir(parents=True, exist_ok=True)

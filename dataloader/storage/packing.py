@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from dataloader.captions import CaptionedImage, CaptionSet
 from dataloader.storage.identity import checksum, fingerprint, relative_names, stamps
-from dataloader.storage.shards import INDEX_FILE, MANIFEST_FILE, Shards, index_shards, write_index
+from dataloader.storage.shards import INDEX_FILE, MANIFEST_FILE, index_shards, write_index
 from utils.errors import UserError
 from utils.files import atomic_open, delete_unfinished, write_atomic
 from utils.images import UnreadableImageError, load_image, plain_jpeg_size, read_pixels, resize_short_side
@@ -105,45 +106,41 @@ def _difference(manifest: Any, train_set: CaptionSet, folder: Path, spec: PackSp
     for key, value in spec._asdict().items():
         if manifest[key] != value:
             return "the images have other names" if key == "names" else f"{key} was {manifest[key]}, is {value}"
-    paths = [image.path for image in train_set.images]
-    current, unreadable = stamps(paths), manifest["unreadable"]
+    paths, is_finished = [image.path for image in train_set.images], manifest["unreadable"] is not None
+    image_stamps, file_stamps = stamps(paths), stamps(_files(folder, spec))
     try:
-        with np.load(folder / SOURCES_FILE) as sources:
-            recorded, checksums = sources["stamps"], sources["checksums"]
-        numbers = np.flatnonzero((current != recorded).any(axis=1))
-        if len(numbers):
-            logger.info(f"{len(numbers):,} images have other times than when {folder} was made: reading them")
-            with ThreadPoolExecutor() as pool:
-                found = np.fromiter(pool.map(checksum, [paths[number] for number in numbers]), np.int64)
-            changed = numbers[found != checksums[numbers]]
+        with np.load(folder / SOURCES_FILE) as stored:
+            sources = dict(stored)
+        recorded = sources["image_stamps"]
+        if len(times := np.flatnonzero((image_stamps != recorded).any(axis=1))):
+            changed = np.flatnonzero(image_stamps[:, 0] != recorded[:, 0])  # in size
+            if not len(changed):
+                logger.info(f"comparing {len(times):,} images, whose times have changed, with those of {folder}")
+                changed = times[_map(checksum, [paths[number] for number in times]) != sources["image_crc"][times]]
             if len(changed):
                 example = one_line(relative_names(paths)[changed[0]])
                 return f"{len(changed):,} of {len(paths):,} images have changed, e.g. {example}"
-            with contextlib.suppress(OSError):
-                _write_sources(folder, current, checksums)
+        if is_finished and not np.array_equal(file_stamps, sources["file_stamps"]):
+            logger.info(f"comparing {folder}, whose times have changed, with its checksums")
+            if (_map(partial(_chunk_checksum, folder, spec), _chunks(spec)) != sources["chunk_crc"]).any():
+                return "its own files have changed"
+        elif not len(times):
+            return ""
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
-        return f"its {SOURCES_FILE} is missing or damaged"
-    if unreadable is not None and spec.form == "pixels":
-        shape, pixels = (spec.num_images, spec.size, spec.size, 3), None
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            pixels = np.load(folder / PIXELS_FILE, mmap_mode="r")
-        if pixels is None or pixels.shape != shape or pixels.dtype != np.uint8:
-            return f"its {PIXELS_FILE} is missing or cut short"
-    elif unreadable is not None:
-        try:
-            shards = Shards.open(folder)
-        except UserError:
-            return "its shards are missing"
-        for note in shards.notes:
-            logger.info(note)
-        if shards.unusable or shards.is_replaced or len(shards) != spec.num_images - len(unreadable):
-            return "; ".join(shards.unusable[:1]) or "its shards have changed"
+        return f"{SOURCES_FILE} or its other files are damaged"
+    with contextlib.suppress(OSError):
+        _write_sources(folder, **sources | {"image_stamps": image_stamps, "file_stamps": file_stamps})
     return ""
 
 
-def _write_sources(folder: Path, image_stamps: np.ndarray, checksums: np.ndarray) -> None:
+def _write_sources(folder: Path, **arrays: np.ndarray) -> None:
     with atomic_open(folder / SOURCES_FILE) as file:
-        np.savez(file, stamps=image_stamps, checksums=checksums)
+        np.savez(file, **arrays)
+
+
+def _map(checksum_of: Callable[[Any], int], items: Sequence[Any]) -> np.ndarray:
+    with ThreadPoolExecutor() as pool:
+        return np.fromiter(pool.map(checksum_of, items), np.int64)
 
 
 def pack(
@@ -159,26 +156,20 @@ def pack(
     """Write the pack in worker processes, with a progress bar, and return the positions of the unreadable images.
 
     An interrupted pack continues after its finished chunks and has the same bytes in the end. `replace`: write over
-    another pack. `flag`: the one that chooses `folder`, for messages. Raises UserError if `folder` has other content
-    or cannot be written, or if no image is readable.
+    the pack that is there. `flag`: the one that chooses `folder`, for messages. Raises UserError if `folder` has other
+    content or cannot be written, or if no image is readable.
     """
-    is_new = not (folder / MANIFEST_FILE).exists()
-    try:
-        if (unreadable := read_manifest(train_set, folder, spec, logger)) is not None:
-            return unreadable
-    except OtherPackError:
-        if not replace:
-            raise
-        is_new = True
-    chunks = range(-(-spec.num_images // spec.images_per_chunk))
+    if not replace and (unreadable := read_manifest(train_set, folder, spec, logger)) is not None:
+        return unreadable
+    is_new = replace or not (folder / MANIFEST_FILE).exists()
+    chunks = _chunks(spec)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         delete_unfinished(folder, OWN_NAMES)
         if is_new:  # in this order: a process that is killed here leaves the old pack, or the beginning of the new one
             _delete(folder, FINISHED)
             write_atomic(folder / MANIFEST_FILE, json.dumps({**spec._asdict(), "unreadable": None}).encode())
-            unknown = np.full(spec.num_images, -2)
-            _write_sources(folder, stamps([image.path for image in train_set.images]), unknown)
+            _write_sources(folder, image_stamps=stamps([image.path for image in train_set.images]))
         todo = [chunk for chunk in chunks if not _finished_file(folder, chunk).is_file()]
         if len(todo) == len(chunks):
             _delete(folder, DERIVED)
@@ -212,9 +203,11 @@ def pack(
             for numbers, name in ((spec.numbers(chunk), f"{chunk:06}.tar") for chunk in chunks):
                 counts[name] = len(numbers) - sum(number in numbers for number in unreadable)
             write_atomic(folder / SIZES_FILE, json.dumps(counts, indent=1).encode())
-        with np.load(folder / SOURCES_FILE) as sources:
-            begun = sources["stamps"]
-        _write_sources(folder, begun, np.array([crc for chunk in finished for crc in chunk["checksums"]]))
+        with np.load(folder / SOURCES_FILE) as begun:
+            sources = {"image_stamps": begun["image_stamps"], "file_stamps": stamps(_files(folder, spec))}
+        sources["image_crc"] = np.array([crc for chunk in finished for crc in chunk["image_crc"]])
+        sources["chunk_crc"] = np.array([chunk["crc"] for chunk in finished])
+        _write_sources(folder, **sources)
         write_atomic(folder / MANIFEST_FILE, json.dumps({**spec._asdict(), "unreadable": unreadable}).encode())
     except OSError as error:
         raise UserError(
@@ -263,7 +256,7 @@ def _write_chunk(images: Sequence[CaptionedImage], folder: Path, spec: PackSpec,
                 file.write(pixels)
                 file.flush()
                 os.fsync(file.fileno())
-        content = {"unreadable": failures, "checksums": checksums}
+        content = {"unreadable": failures, "image_crc": checksums, "crc": _chunk_checksum(folder, spec, chunk)}
         write_atomic(_finished_file(folder, chunk), json.dumps(content).encode())
     except OSError as error:
         return error.strerror or str(error)
@@ -283,6 +276,23 @@ def _make_tar(images: Sequence[CaptionedImage], jpegs: Iterable[tuple[int, bytes
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def _chunks(spec: PackSpec) -> range:
+    return range(-(-spec.num_images // spec.images_per_chunk))
+
+
+def _files(folder: Path, spec: PackSpec) -> list[Path]:
+    """Return the files with a pack's images."""
+    return [folder / (PIXELS_FILE if spec.form == "pixels" else f"{chunk:06}.tar") for chunk in _chunks(spec)]
+
+
+def _chunk_checksum(folder: Path, spec: PackSpec, chunk: int) -> int:
+    """Return the CRC-32 of a chunk. Raises OSError and ValueError."""
+    if spec.form == "shards":
+        return checksum(folder / f"{chunk:06}.tar")
+    numbers = spec.numbers(chunk)
+    return zlib.crc32(np.load(folder / PIXELS_FILE, mmap_mode="r")[numbers.start : numbers.stop])
 
 
 def _finished_file(folder: Path, chunk: int) -> Path:

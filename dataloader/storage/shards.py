@@ -33,18 +33,15 @@ class Shards(Sequence[io.BytesIO]):
     """The encoded images of a folder of shards: image i is row rows[i] of the index.
 
     `unusable` lists damaged shards and samples; `notes` says why the index was made anew, and where it is if not beside
-    the shards. `is_replaced`: it was of other shards. Reading an image whose bytes have changed since they were indexed
-    raises UnreadableImageError, which names it.
+    the shards. Reading an image whose bytes have changed since they were indexed raises UnreadableImageError, which
+    names it.
     """
 
-    def __init__(
-        self, folder: Path, index: Index, rows: np.ndarray, notes: Sequence[str] = (), is_replaced: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, index: Index, rows: np.ndarray, notes: Sequence[str] = ()) -> None:
         self.folder = folder
         self.index = index
         self.rows = rows
         self.notes = list(notes)
-        self.is_replaced = is_replaced
         self.keys = PackedStrings.from_arrays(index["keys"], index["keys_ends"])
         self.unusable: list[str] = index["unusable"].tolist()
         self.is_checked = np.zeros(len(index["crc"]), dtype=bool)  # each process checks an image once
@@ -58,8 +55,8 @@ class Shards(Sequence[io.BytesIO]):
         """
         if not any(folder.glob("*.tar")):
             raise UserError(f"{folder} contains no shards (*.tar); python -m dataloader.pack makes them")
-        index, *about = _open_index(folder, cache_dir and Path(cache_dir))
-        return cls(folder, index, np.arange(len(index["crc"])) if rows is None else rows, *about)
+        index, notes = _open_index(folder, cache_dir and Path(cache_dir))
+        return cls(folder, index, np.arange(len(index["crc"])) if rows is None else rows, notes)
 
     def take(self, numbers: Sequence[int]) -> "Shards":
         """Return the images at these positions."""
@@ -181,8 +178,8 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[st
     samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[suffix] = value
 
 
-def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str], bool]:
-    """Return the index of a folder's shards, read or made, the notes about it, and whether it was of other shards."""
+def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str]]:
+    """Return the index of a folder's shards, read or made, and the notes about it."""
     shards = sorted(folder.glob("*.tar"))
     current = {"files": np.array([file.name for file in shards]), "stamps": stamps(shards)}
     files = [folder / INDEX_FILE]
@@ -191,8 +188,8 @@ def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str],
     stored = {file: _read_index(file) for file in files if file.exists()}
     for index in stored.values():
         if index and all(np.array_equal(index[column], current[column]) for column in current):
-            return index, [], False
-    index, notes, is_replaced = index_shards(folder), [], False
+            return index, []
+    index, notes = index_shards(folder), []
     for file, old in stored.items():
         if old is None:
             notes.append(f"{file} was damaged or of an earlier version, and was made anew")
@@ -203,7 +200,6 @@ def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str],
                 index = old | current | {"unusable": np.array(unusable)}  # its checksums tell the damaged images
                 break
             notes.append(f"{file} was of other shards, and was made anew ({changed[0]} has changed)")
-            is_replaced = True
     for file in files:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +209,7 @@ def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str],
             notes.append(f"{file} cannot be written ({error.strerror}), so the index is in {place}")
         else:
             break
-    return index, notes, is_replaced
+    return index, notes
 
 
 def _read_index(file: Path) -> Index | None:
