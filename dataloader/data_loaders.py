@@ -56,8 +56,9 @@ class OpenedData(NamedTuple):
         contents = (
             [shards.index[column][shards.rows] for column in ("size", "crc")] if shards else [stamps(paths)[:, 0]]
         )
-        captions = [image.captions for image in train.images]
-        value = fingerprint(relative_names(paths), [column.tolist() for column in contents], captions)
+        counts = np.array([len(image.captions) for image in train.images], dtype=np.int64)
+        captions = [caption for image in train.images for caption in image.captions]
+        value = fingerprint(relative_names(paths), *contents, counts, captions)
         return f"{train.num_images} images, {train.num_captions} captions, fingerprint {value}"
 
 

@@ -80,7 +80,7 @@ def tokenize(
     """
     texts = [caption for captions_of_image in captions for caption in captions_of_image]
     first = np.cumsum([0, *map(len, captions)])
-    identity = fingerprint(context_length, texts) if cache_file else ""
+    identity = fingerprint([str(context_length)], texts) if cache_file else ""
     if cache_file and cache_file.is_file():
         try:
             with np.load(cache_file) as stored:

@@ -1,20 +1,24 @@
 """What tells one data set from another, and the files that a cache or an index was made of from others."""
 
 import hashlib
-import json
 import os
 import stat
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 
-def fingerprint(*values: Any) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the values as JSON."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def fingerprint(*columns: Sequence[str] | np.ndarray) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of texts and of arrays."""
+    digest = hashlib.sha256()
+    for column in columns:
+        is_array = isinstance(column, np.ndarray)
+        data = column.tobytes() if is_array else "\0".join(column).encode("utf-8", "surrogatepass")
+        digest.update(b"%d texts or rows, %d bytes\0" % (len(column), len(data)))
+        digest.update(data)
+    return digest.hexdigest()[:16]
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:

@@ -127,7 +127,7 @@ def _difference(manifest: Any, train_set: CaptionSet, folder: Path, spec: PackSp
         elif not len(times):
             return ""
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
-        return f"{SOURCES_FILE} or its other files are damaged"
+        return f"its {SOURCES_FILE} or other files are damaged"
     with contextlib.suppress(OSError):
         _write_sources(folder, **sources | {"image_stamps": image_stamps, "file_stamps": file_stamps})
     return ""
