@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         RunLogger(folder.logs, append=args.resume is not None, enabled=runtime.is_main) as logger,
         summary.explain_out_of_memory(config, runtime),
     ):
+        identity = runtime.on_main(data.identify)  # a fingerprint of the training images and captions
+        same_data = {"training_data": identity, "allow_other_data": args.allow_other_data}
         # the contents of the checkpoint to resume, or None; rank 0 reads it for all
-        checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger))
+        checkpoint = runtime.on_main(lambda: find_checkpoint(args.resume, folder.checkpoints, logger, **same_data))
         sampler = make_sampler(data.train.num_images, config, runtime, checkpoint)
 
         model = CLIP(configs.model).to(runtime.device, memory_format=torch.channels_last)
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             model.recompute_activations()
         optimizer = build_optimizer(model, config.optimizer, sampler.steps_per_epoch)  # decay is set in epochs
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        state = TrainState(model, optimizer, scaler, configs)
+        state = TrainState(model, optimizer, scaler, configs, training_data=identity)
         if checkpoint:
             restore(state, checkpoint, runtime, logger)
             del checkpoint  # 1.2 GB of an RN50

@@ -74,7 +74,7 @@ class CaptionSet(NamedTuple):
             text += f"; {len(self.missing):,} more images are not on disk (e.g. {self.missing[0][:100]})"
         if self.unusable:
             text += f"; {len(self.unusable):,} entries are unusable (e.g. {self.unusable[0][:100]})"
-        return text
+        return "; ".join([text, *(self.shards.notes if self.shards else [])])
 
 
 def open_captions(spec: CaptionSpec) -> CaptionSet:
@@ -88,7 +88,7 @@ def open_captions(spec: CaptionSpec) -> CaptionSet:
     annotations = Annotations(spec)
     format = _detect_format(annotations) if spec.format == "auto" else spec.format
     if format == "shards":
-        shards = Shards.open(Path(spec.img_dir))
+        shards = Shards.open(Path(spec.img_dir), cache_dir=spec.cache_dir)
         found = CaptionSet([CaptionedImage(*sample) for sample in shards.samples()], [], shards.unusable, shards)
     else:
         found = _find_images(READERS[format](annotations), spec)

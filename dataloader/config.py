@@ -31,6 +31,7 @@ class CaptionSpec(NamedTuple):
     csv_caption_column: str = "title"
     split: str = "train"  # of a Karpathy file: train (includes restval), val or test
     flags: CaptionFlags = CaptionFlags()
+    cache_dir: str | None = None  # for the index of shards on a disk that cannot be written
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class DataConfig(Config):
         else:
             files = self.val_img_dir, self.val_annotation_file, self.val_format or self.default_format
         flags = CaptionFlags(f"--{split}_img_dir", f"--{split}_annotation_file", "--set dataloader.")
-        return files[0] and CaptionSpec(*files, self.csv_image_column, self.csv_caption_column, split, flags)
+        columns = self.csv_image_column, self.csv_caption_column
+        return files[0] and CaptionSpec(*files, *columns, split, flags, self.cache_dir)
 
 
 def load_data_config(overrides: Overrides = ()) -> DataConfig:
@@ -107,4 +109,5 @@ def caption_spec(args: argparse.Namespace, img_dir_flag: str, split: str) -> Cap
         args.csv_caption_column or config.csv_caption_column,
         split,
         CaptionFlags(img_dir_flag),
+        config.cache_dir,
     )

@@ -23,6 +23,7 @@ from dataloader.config import DataConfig
 from dataloader.sampler import START, Batch, EpochSampler
 from dataloader.sources import EncodedImages, ImageSource
 from dataloader.storage.cache import open_cache
+from dataloader.storage.identity import fingerprint, relative_names, stamps
 from dataloader.storage.stream import ShardStream, StreamDataset
 from dataloader.token_table import TokenTable, random_numbers, tokenize
 from utils.device import IdleClock
@@ -40,6 +41,25 @@ class OpenedData(NamedTuple):
     train: CaptionSet | ShardStream
     val: CaptionSet | None
     classes: ClassificationSet | None
+
+    def identify(self) -> str:
+        """Return "N images, M captions, fingerprint F", by which a checkpoint tells the training set from others.
+
+        The fingerprint covers, in order, the images' names below their common folder, their sizes in bytes (in shards
+        also the checksums) and their captions; of a stream the shards' names.
+        """
+        train = self.train
+        if isinstance(train, ShardStream):
+            names = relative_names([url.partition("?")[0] for url in train.urls])  # without a signature
+            return f"{train.num_images} images, fingerprint {fingerprint(names)}"
+        paths, shards = [image.path for image in train.images], train.shards
+        contents = (
+            [shards.index[column][shards.rows] for column in ("size", "crc")] if shards else [stamps(paths)[:, 0]]
+        )
+        counts = np.array([len(image.captions) for image in train.images], dtype=np.int64)
+        captions = [caption for image in train.images for caption in image.captions]
+        value = fingerprint(relative_names(paths), *contents, counts, captions)
+        return f"{train.num_images} images, {train.num_captions} captions, fingerprint {value}"
 
 
 def open_data(config: DataConfig) -> OpenedData:
@@ -169,7 +189,7 @@ def open_dataset(
         gib = train_set.num_images * image_size**2 * 3 / 2**30
         if not shards:
             advice = f"--set dataloader.cache=pixels would save it, with {gib:.1f} GiB in {config.cache_dir}"
-    captions = tokenize([image.captions for image in train_set.images], context_length, tokens_file)
+    captions = tokenize([image.captions for image in train_set.images], context_length, tokens_file, logger)
     options = {"seed": sampler.seed, "max_unreadable": max_unreadable, "advice": advice}
     return CaptionDataset(source, captions, augmentation, **options)
 
@@ -227,6 +247,12 @@ class TrainLoader:
             batch = next(batches, None)
         if batch is None:
             return None
+        if not len(batch.images):
+            path, reason = batch.failures[-1]
+            raise UserError(
+                f"the stream has too few images with captions (the last sample, {one_line(path)}: {one_line(reason)}); "
+                "check its shards"
+            )
         self._report(batch.failures)
         with torch.cuda.stream(self.copies):  # beside the computation; without a GPU this does nothing
             images = self.dataset.source.to_device(batch.images, batch.indices, self.device)

@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--img_dir {args.img_dir}: contains shards, packed images already; give a folder of image files"
         )
     spec = make_spec(train_set, args.form, args.size, args.images_per_shard)
-    if read_manifest(args.output, spec) is not None:
-        print(f"{one_line(args.output)} is packed already")
-        return
     logger = logging.Logger("pack")
     logger.addHandler(logging.StreamHandler(sys.stdout))
+    if read_manifest(train_set, args.output, spec, logger) is not None:
+        print(f"{one_line(args.output)} is packed already")
+        return
     unreadable = pack(train_set, args.output, spec, num_workers=args.num_workers, logger=logger)
     num_bytes = sum(file.stat().st_size for file in args.output.iterdir())
     sides = "a short side" if args.form == "shards" else "two sides"

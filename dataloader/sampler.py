@@ -77,7 +77,7 @@ class EpochSampler:
         """Return the number of optimizer steps from `position` to the end of its epoch, 0 after the last epoch."""
         if position.epoch >= self.num_epochs:
             return 0
-        return (self.num_samples - position.samples_seen) // self.layout.pairs_per_step
+        return max(0, self.num_samples - position.samples_seen) // self.layout.pairs_per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batch_size, batches_per_step, rank, world_size = self.layout

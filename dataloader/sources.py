@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataloader.storage.identity import stamps
 from dataloader.storage.shards import Shards
 from utils.errors import UserError
 from utils.images import ImageList, crop_center, read_pixels
@@ -71,6 +72,8 @@ class EncodedImages(ImageSource):
 class PixelCache(ImageSource):
     """Squares in a memory-mapped file, uint8 [num_rows, side, side, 3]; image i is row rows[i].
 
+    Mapping raises UserError once another run has replaced the file.
+
     `cache_device`: "gpu" lets a GPU hold them, "auto" if they fit in half of its free memory, "cpu" never.
     """
 
@@ -79,6 +82,7 @@ class PixelCache(ImageSource):
         self.rows = rows
         self.side = side
         self.cache_device = cache_device
+        self.stamp = stamps([file])
         self._pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -92,6 +96,10 @@ class PixelCache(ImageSource):
         """The array in the file."""
         if self._pixels is None:  # mapped copy-on-write, since torch warns about read-only memory
             self._pixels = np.asarray(np.load(self.file, mmap_mode="c"))
+            if (stamps([self.file]) != self.stamp).any():
+                raise UserError(
+                    f"another run replaced {self.file} for other images; give each its own dataloader.cache_dir"
+                )
         return self._pixels
 
     def read(self, index: int) -> Tensor:

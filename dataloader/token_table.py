@@ -4,7 +4,8 @@ A forked worker that reads a list of Python objects copies its memory page by pa
 reference count. Arrays are read without being written to, so memory stays constant over the epochs.
 """
 
-import hashlib
+import logging
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataloader.storage.identity import fingerprint
 from utils.files import atomic_open
 from utils.tokenizer import get_tokenizer
 
+LOGGER = logging.getLogger(__name__)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -65,26 +68,37 @@ class TokenTable(NamedTuple):
         return torch.from_numpy(np.where(columns < lengths[:, None], self.ids[positions], 0).astype(np.int64))
 
 
-def tokenize(captions: Sequence[Sequence[str]], context_length: int, cache_file: Path | None = None) -> TokenTable:
+def tokenize(
+    captions: Sequence[Sequence[str]],
+    context_length: int,
+    cache_file: Path | None = None,
+    logger: logging.Logger = LOGGER,
+) -> TokenTable:
     """Tokenize the captions of each image; captions longer than `context_length` tokens are truncated.
 
     With `cache_file`, return what an earlier call stored there for the same captions, or store the result.
     """
     texts = [caption for captions_of_image in captions for caption in captions_of_image]
     first = np.cumsum([0, *map(len, captions)])
-    digest = hashlib.sha256(str(context_length).encode())
-    for text in texts if cache_file else ():
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    identity = fingerprint([str(context_length)], texts) if cache_file else ""
     if cache_file and cache_file.is_file():
-        with np.load(cache_file) as stored:
-            if str(stored["fingerprint"]) == digest.hexdigest():
-                return TokenTable(stored["ids"], stored["ends"], first, context_length)
+        try:
+            with np.load(cache_file) as stored:
+                if str(stored["fingerprint"]) == identity:
+                    return TokenTable(stored["ids"], stored["ends"], first, context_length)
+            reason = "is of other captions or another context length"
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            reason = "is damaged"
+        logger.info(f"{cache_file} {reason}: tokenizing the captions again")
     encode = get_tokenizer().encode_with_markers
     encoded = [np.array(encode(text, context_length), dtype=np.uint16) for text in texts]
     table = TokenTable(np.concatenate(encoded), np.cumsum([0, *map(len, encoded)]), first, context_length)
     if cache_file:
-        with atomic_open(cache_file) as file:
-            np.savez(file, ids=table.ids, ends=table.ends, fingerprint=digest.hexdigest())
+        try:
+            with atomic_open(cache_file) as file:
+                np.savez(file, ids=table.ids, ends=table.ends, fingerprint=identity)
+        except OSError as error:
+            logger.info(f"{cache_file} cannot be written ({error.strerror}): each run tokenizes the captions")
     return table
 
 

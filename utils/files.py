@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -47,7 +48,8 @@ def numbered(path: Path) -> Iterator[Path]:
         yield path.with_stem(f"{path.stem}-{number}")
 
 
-def delete_unfinished(folder: Path) -> None:
-    """Delete the unfinished files that killed processes left in `folder`. Raises OSError."""
-    for part in folder.glob(f"*{UNFINISHED}*"):
-        part.unlink(missing_ok=True)
+def delete_unfinished(folder: Path, names: str) -> None:
+    """Delete what killed processes left in `folder` of files whose names match a regular expression. Raises OSError."""
+    for part in folder.iterdir():
+        if re.fullmatch(f"({names}){re.escape(UNFINISHED)}[0-9]+", part.name):
+            part.unlink(missing_ok=True)

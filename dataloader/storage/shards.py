@@ -1,7 +1,8 @@
 """Read WebDataset shards on a disk, tar files of `KEY.jpg` and `KEY.json` (or `KEY.txt`), by index.
 
 An index of the images' positions makes shards as random-access as files: global shuffle, exact length, all captions.
-`dataloader.pack` stores it with its shards; those of other tools are indexed on the first use.
+`dataloader.pack` stores it with its shards; those of other tools are indexed on the first use. An index belongs to
+shards of its sizes and times; shards with others are read anew.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import io
 import json
 import mmap
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dataloader.storage.identity import fingerprint, stamps
 from dataloader.token_table import PackedStrings
 from utils.errors import UserError
 from utils.files import atomic_open
@@ -29,30 +32,31 @@ Index = dict[str, np.ndarray]  # what `index_shards` returns
 class Shards(Sequence[io.BytesIO]):
     """The encoded images of a folder of shards: image i is row rows[i] of the index.
 
-    `unusable` lists damaged shards and samples. Reading an image whose bytes have changed since they were indexed
-    raises UnreadableImageError, which names it.
+    `unusable` lists damaged shards and samples; `notes` says why the index was made anew, and where it is if not beside
+    the shards. Reading an image whose bytes have changed since they were indexed raises UnreadableImageError, which
+    names it.
     """
 
-    def __init__(self, folder: Path, index: Index, rows: np.ndarray) -> None:
+    def __init__(self, folder: Path, index: Index, rows: np.ndarray, notes: Sequence[str] = ()) -> None:
         self.folder = folder
         self.index = index
         self.rows = rows
+        self.notes = list(notes)
         self.keys = PackedStrings.from_arrays(index["keys"], index["keys_ends"])
-        self.unusable: list[str] = [*index["unusable"].tolist(), *_changed_shards(folder, index)]
+        self.unusable: list[str] = index["unusable"].tolist()
         self.is_checked = np.zeros(len(index["crc"]), dtype=bool)  # each process checks an image once
         self._maps: dict[int, mmap.mmap] = {}
 
     @classmethod
-    def open(cls, folder: Path, rows: np.ndarray | None = None) -> "Shards":
-        """Open all images of a folder, or those of `rows`. Raises UserError if it has no shards."""
+    def open(cls, folder: Path, rows: np.ndarray | None = None, cache_dir: str | Path | None = None) -> "Shards":
+        """Open all images of a folder, or those of `rows`. Raises UserError if it has no shards.
+
+        `cache_dir`: where the index goes if it cannot be written beside the shards.
+        """
         if not any(folder.glob("*.tar")):
             raise UserError(f"{folder} contains no shards (*.tar); python -m dataloader.pack makes them")
-        index = _read_index(folder)
-        if index is None:
-            index = index_shards(folder)
-            with contextlib.suppress(OSError):  # each run indexes the shards of a read-only folder anew
-                write_index(folder, index)
-        return cls(folder, index, np.arange(len(index["crc"])) if rows is None else rows)
+        index, notes = _open_index(folder, cache_dir and Path(cache_dir))
+        return cls(folder, index, np.arange(len(index["crc"])) if rows is None else rows, notes)
 
     def take(self, numbers: Sequence[int]) -> "Shards":
         """Return the images at these positions."""
@@ -107,6 +111,7 @@ def index_shards(folder: Path) -> Index:
     """Find the position, checksum, id and captions of each image in a folder's shards; damaged parts are skipped."""
     rows, keys, texts, unusable = [], [], [], []
     files = sorted(folder.glob("*.tar"))
+    file_stamps = stamps(files)  # before they are read: a later change will differ
     for shard, file in enumerate(files):
         samples: dict[str, dict[str, Any]] = {}
         try:
@@ -128,17 +133,17 @@ def index_shards(folder: Path) -> Index:
     columns = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     return {
         "files": np.array([file.name for file in files]),
-        "file_sizes": np.array([file.stat().st_size for file in files]),
+        "stamps": file_stamps,
         **dict(zip(("shard", "offset", "size", "crc"), columns, strict=True)),
         **{"keys": keys.data, "keys_ends": keys.ends, "texts": texts.data, "texts_ends": texts.ends},
         "unusable": np.array(unusable, dtype=np.str_),
     }
 
 
-def write_index(folder: Path, index: Index) -> None:
-    """Store the index beside the shards. Raises OSError."""
-    with atomic_open(folder / INDEX_FILE) as file:
-        np.savez(file, **index)
+def write_index(file: Path, index: Index) -> None:
+    """Store an index. Raises OSError."""
+    with atomic_open(file) as out:
+        np.savez(out, **index)
 
 
 def texts_of(content: Mapping[str, bytes], key: str) -> tuple[int | str, list[str]]:
@@ -173,24 +178,72 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[st
     samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[suffix] = value
 
 
-def _read_index(folder: Path) -> Index | None:
-    """Return the stored index, or None if there is none or it describes other files."""
-    names = sorted(file.name for file in folder.glob("*.tar"))
+def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str]]:
+    """Return the index of a folder's shards, read or made, and the notes about it."""
+    shards = sorted(folder.glob("*.tar"))
+    current = {"files": np.array([file.name for file in shards]), "stamps": stamps(shards)}
+    files = [folder / INDEX_FILE]
+    if cache_dir:  # an index of its own for each folder
+        files.append(cache_dir / f"index_{fingerprint([str(folder.resolve())])}.npz")
+    stored = {file: _read_index(file) for file in files if file.exists()}
+    for index in stored.values():
+        if index and all(np.array_equal(index[column], current[column]) for column in current):
+            return index, []
+    index, notes = index_shards(folder), []
+    for file, old in stored.items():
+        if old is None:
+            notes.append(f"{file} was damaged or of an earlier version, and was made anew")
+        elif changed := _changed_shards(index, old):
+            is_packed = (folder / MANIFEST_FILE).is_file() and np.array_equal(old["files"], current["files"])
+            if is_packed and _rows(index).items() <= _rows(old).items():
+                unusable = [f"{folder / name} (changed after it was packed)" for name in changed]
+                index = old | current | {"unusable": np.array(unusable)}  # its checksums tell the damaged images
+                break
+            notes.append(f"{file} was of other shards, and was made anew ({changed[0]} has changed)")
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_index(file, index)
+        except OSError as error:
+            place = files[-1] if cache_dir else "memory"
+            notes.append(f"{file} cannot be written ({error.strerror}), so the index is in {place}")
+        else:
+            break
+    return index, notes
+
+
+def _read_index(file: Path) -> Index | None:
+    """Return a stored index, or None if it is damaged or not of this version."""
     try:
-        with np.load(folder / INDEX_FILE) as stored:
+        with np.load(file) as stored:
             index = dict(stored)
-        is_packed = (folder / MANIFEST_FILE).is_file()  # by dataloader.pack: then a changed file is damaged
-        is_current = index["files"].tolist() == names and (is_packed or not _changed_shards(folder, index))
-    except (OSError, ValueError, KeyError, EOFError):
+        lengths = {len(index[column]) for column in ("shard", "offset", "size", "crc")}
+        lengths |= {len(index[column]) - 1 for column in ("keys_ends", "texts_ends")}
+        is_whole = len(lengths) == 1 and index["stamps"].shape == (len(index["files"]), 3) and "unusable" in index
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         return None
-    return index if is_current else None
+    return index if is_whole else None
 
 
-def _changed_shards(folder: Path, index: Index) -> list[str]:
-    """Describe the shards whose size differs from the indexed one."""
-    sizes = [(folder / name).stat().st_size for name in index["files"].tolist()]
-    return [
-        f"{folder / name} (is {size:,} bytes long, not {expected:,})"
-        for name, size, expected in zip(index["files"].tolist(), sizes, index["file_sizes"].tolist(), strict=True)
-        if size != expected
-    ]
+def _changed_shards(index: Index, old: Index) -> list[str]:
+    """Return the names of the shards with other images or texts in one index than in the other."""
+
+    def contents(index: Index) -> dict[str, list[bytes]]:
+        first = np.searchsorted(index["shard"], np.arange(len(index["files"]) + 1))
+        parts = {}
+        for name, start, end in zip(index["files"].tolist(), first[:-1], first[1:], strict=True):
+            parts[name] = [index[column][start:end].tobytes() for column in ("offset", "size", "crc")]
+            for column in ("keys", "texts"):
+                ends = index[f"{column}_ends"]
+                parts[name].append(index[column][ends[start] : ends[end]].tobytes())
+        return parts
+
+    new, old = contents(index), contents(old)
+    return [name for name in sorted({*new, *old}) if new.get(name) != old.get(name)]
+
+
+def _rows(index: Index) -> dict[tuple[int, int], tuple[int, str, str]]:
+    """Return the size, key and text of each image by its shard and offset."""
+    strings = (PackedStrings.from_arrays(index[name], index[f"{name}_ends"]) for name in ("keys", "texts"))
+    places, sizes = zip(index["shard"].tolist(), index["offset"].tolist(), strict=True), index["size"].tolist()
+    return dict(zip(places, zip(sizes, *strings, strict=True), strict=True))

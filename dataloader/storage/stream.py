@@ -21,9 +21,11 @@ from dataloader.token_table import random_numbers
 from utils.errors import UserError
 from utils.image_loader import Failure
 from utils.images import UnreadableImageError, read_pixels
+from utils.text import one_line
 from utils.tokenizer import get_tokenizer
 
 SHUFFLE_BUFFER = 2000  # encoded samples of each worker
+MAX_FAILURES = 100  # unusable samples in one batch of a small stream
 
 
 class ShardStream:
@@ -60,7 +62,8 @@ class StreamDataset(IterableDataset):
     """Endless training batches of a stream; each pass reads the shards in a new order.
 
     Shards are split by process and worker, then shuffled in a buffer: the same seed, start, number of processes and of
-    workers give the same batches. The other attributes are those of `CaptionDataset`.
+    workers give the same batches. A worker ends with an empty batch when more than `max_unreadable` samples in a row of
+    one batch are unusable, or when its shards hold no sample. The other attributes are those of `CaptionDataset`.
     """
 
     source = ImageSource()
@@ -83,6 +86,8 @@ class StreamDataset(IterableDataset):
         self.max_workers = len(urls) // sampler.layout.world_size  # a worker needs a shard
         self.context_length = context_length
         self.max_unreadable = max_unreadable
+        self.num_samples = 0  # read so far
+        self.problem = ""  # of the last shard that could not be read
 
     def on(self, device: torch.device) -> "StreamDataset":
         """Return the dataset for training on `device`."""
@@ -98,7 +103,11 @@ class StreamDataset(IterableDataset):
             draws = random_numbers(seed, number, rows, NUM_DRAWS)
             images, captions, failures = [], [], []
             while len(images) < self.batch_size:
-                sample = next(samples)
+                sample = next(samples, None)
+                if sample is None or len(failures) > max(self.max_unreadable, MAX_FAILURES):
+                    problem = Failure(self.urls[0], self.problem or "has no sample")
+                    yield Batch(torch.empty(0), torch.empty(0), torch.empty(0), draws, failures or [problem])
+                    return
                 try:
                     image, texts = _decode(sample, self.augmentation.size)
                 except UnreadableImageError as error:
@@ -121,12 +130,22 @@ class StreamDataset(IterableDataset):
             raise UserError(f"{len(self.urls)} shards are too few for this number of processes; make more shards")
 
         def shards() -> Iterator[dict[str, str]]:
-            while True:
+            before = -1
+            while self.num_samples > before:  # at the start of the last pass
+                before = self.num_samples
                 yield from ({"url": urls[number]} for number in rng.permutation(len(urls)))
 
-        read = webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue)
+        def counted(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for self.num_samples, sample in enumerate(samples, start=1):
+                yield sample
+
+        def note(error: Exception) -> bool:
+            self.problem = one_line(error)
+            return webdataset.warn_and_continue(error)
+
+        read = webdataset.tarfile_to_samples(handler=note)
         shuffle = webdataset.shuffle(SHUFFLE_BUFFER, rng=random.Random(int(rng.integers(2**31))))
-        return iter(shuffle(read(shards())))
+        return iter(shuffle(counted(read(shards()))))
 
 
 def _decode(sample: dict[str, Any], size: int) -> tuple[Tensor, list[str]]:

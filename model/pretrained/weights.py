@@ -89,6 +89,12 @@ def load_pretrained(path: str | Path, **settings: Any) -> TrainedCLIP:
     return TrainedCLIP(model.eval(), source, image_loader(said), tuple(notes))
 
 
+def _age(file: Path) -> tuple[int, float]:
+    """Return the step that ends a checkpoint's name, -1 for another name, and the time, which copying may change."""
+    step = file.stem.rpartition("_")[2]
+    return int(step) if step.isascii() and step.isdecimal() else -1, file.stat().st_mtime
+
+
 def load_weights(model: CLIP, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy `state_dict` into `model`. Raises UserError if it does not fit, or if a weight is not finite."""
     expected = model.state_dict()
@@ -216,11 +222,11 @@ def _configure(
 
 
 def _find_file(path: Path) -> Path:
-    """Return the file itself, or the newest of the first of `FILES` that a directory holds. Raises UserError."""
+    """Return the file itself, or of the first of `FILES` that a directory holds, the one of the highest step."""
     if not path.is_dir():
         return path
     for pattern in FILES:
-        if files := sorted(path.glob(pattern), key=lambda file: file.stat().st_mtime):
+        if files := sorted(path.glob(pattern), key=_age):
             return files[-1]
     raise UserError(
         f"the directory {path} holds no checkpoint (*.pt, or {', '.join(FILES[1:3])}, ...); train one: python train.py "

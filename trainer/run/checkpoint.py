@@ -1,6 +1,7 @@
 """Checkpoints: the reference's layout, plus the configuration and what an exact resume needs."""
 
 import math
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +22,13 @@ from trainer.run.train_meter import TrainMeter
 from utils.config import to_plain
 from utils.errors import UserError
 from utils.files import atomic_open
+from utils.text import one_line
 
 FORMAT_VERSION = 3
 PROGRESS = {"epoch": int, "samples_seen": int, "global_step": int, "validated_step": int, "best": float}
 ONLY_TO_RESUME = {"optimizer_state_dict": dict, "scaler_state_dict": dict, "rank_states": list}  # not in best.pt
-CONTENT = PROGRESS | {"model_state_dict": dict, "configs": dict} | ONLY_TO_RESUME
+CONTENT = PROGRESS | {"training_data": str, "model_state_dict": dict, "configs": dict} | ONLY_TO_RESUME
+CHECKPOINT_NAMES = r"checkpoint_[0-9]+_([0-9]+)\.pt"
 BYTES_PER_SECOND = 100e6  # of a slow disk
 SCALE_SEARCH = 5  # skipped steps in a row that are fp16's normal search for its scale
 
@@ -43,6 +46,7 @@ class TrainState:
     global_step: int = 0  # optimizer steps done
     validated_step: int = 0  # the last one that was followed by a validation
     best: float = -math.inf  # score of the best validation so far; larger is better
+    training_data: str = ""  # what `identify` returns of the training set
     meter: TrainMeter = field(init=False)
     batchnorm: BatchNormStatistics = field(init=False)
 
@@ -148,13 +152,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((file for file in folder.glob("checkpoint_*_*.pt") if _step_of(file) >= 0), key=_step_of)
 
 
-def find_checkpoint(resume: str | None, folder: Path, logger: RunLogger) -> dict[str, Any] | None:
+def find_checkpoint(
+    resume: str | None, folder: Path, logger: RunLogger, *, training_data: str = "", allow_other_data: bool = False
+) -> dict[str, Any] | None:
     """Read the checkpoint that `--resume` names: None without the flag, and for `auto` before the first save.
 
-    `auto` takes the newest readable checkpoint of `folder` and warns about unreadable newer ones. Raises UserError if
-    there is no readable one, if the file is not a checkpoint to resume from, or if resuming from it would overwrite
-    newer checkpoints.
+    `auto` takes the newest readable checkpoint of `folder` and warns about unreadable newer ones. `training_data`: what
+    `identify` returns of the training set. Raises UserError if there is no readable one, if the file is not a
+    checkpoint to resume from, if it is of other training data (a warning with `allow_other_data`), or if resuming from
+    it would overwrite newer checkpoints.
     """
+    checkpoint = _find(resume, folder, logger)
+    if checkpoint and checkpoint["training_data"] != training_data:
+        change = f"the training data was {one_line(checkpoint['training_data'])}, is now {training_data}"
+        if not checkpoint["training_data"]:
+            logger.warning("the checkpoint does not record its training data, so it is not known whether they changed")
+        elif not allow_other_data:
+            raise UserError(f"{change}; resume with that run's data, or allow other data with --allow_other_data")
+        else:
+            logger.warning(change)
+    return checkpoint
+
+
+def _find(resume: str | None, folder: Path, logger: RunLogger) -> dict[str, Any] | None:
     if resume is None:
         return None
     files = list_checkpoints(folder)
@@ -209,6 +229,7 @@ def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, 
     return {
         "format_version": FORMAT_VERSION,
         **{key: getattr(state, key) for key in PROGRESS},
+        "training_data": state.training_data,
         "model_state_dict": state.model.state_dict(),
         "optimizer_state_dict": state.optimizer.state_dict(),
         "scaler_state_dict": state.scaler.state_dict(),
@@ -237,18 +258,22 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if type(version) is not int or version > FORMAT_VERSION:
         raise UserError(f"{path}: contains no training state of this version; start a new run")
+    checkpoint.setdefault("training_data", "")  # an earlier version did not record it
     damaged = [key for key, kind in CONTENT.items() if not isinstance(checkpoint.get(key), kind)]
     if damaged and all(key in ONLY_TO_RESUME for key in damaged):
-        raise UserError(f"{path}: contains weights alone; resume from a checkpoint_*.pt")
+        raise UserError(
+            f"{path}: contains weights alone, of a run's best validation, to use and evaluate with --checkpoint_path; "
+            "resume from a checkpoint_*.pt"
+        )
     if damaged:
         raise UserError(f"{path}: is damaged ({damaged[0]}); resume from an earlier checkpoint")
     return checkpoint
 
 
 def _step_of(file: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 if there is none."""
-    step = file.stem.rpartition("_")[2]
-    return int(step) if step.isdecimal() else -1
+    """Return the step in a checkpoint's name, or -1 if it is not the name of one."""
+    match = re.fullmatch(CHECKPOINT_NAMES, file.name)
+    return int(match[1]) if match else -1
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """The output folder of a run: created, locked against other runs, and released."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from trainer.config import TrainConfig
-from trainer.run.checkpoint import list_checkpoints
+from trainer.run.checkpoint import CHECKPOINT_NAMES, list_checkpoints
 from utils.errors import UserError
 from utils.files import delete_unfinished
 
@@ -47,17 +48,15 @@ def open_run_folder(output_dir: Path, config: TrainConfig, resume: str | None, *
     try:
         for path in folder:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=path).close()  # raises OSError if the folder is not writable
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{output_dir} is in use by another run; choose another --output_dir") from None
     except OSError as error:
         raise UserError(f"{output_dir} is not writable ({error.strerror}); choose another --output_dir") from None
     try:
-        for path in folder:
-            delete_unfinished(path)
+        delete_unfinished(folder.checkpoints, rf"{CHECKPOINT_NAMES}|best\.pt")
+        delete_unfinished(folder.logs, r"metrics\.jsonl")
         yield folder
     finally:
         lock.release()
