@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         validation = Validation(data, state, schedule, runtime)
         writer = CheckpointWriter(folder.checkpoints, model, config, runtime, logger)
         speed = SpeedMeter(loader, schedule.pairs_per_step, state.global_step)
-        logger.info(summary.describe_run(schedule, runtime, state, data))
-        logger.log_config(configs)
+        counts = runtime.on_main(lambda: data.count(configs.model.context_length))
+        logger.info(summary.describe_run(schedule, runtime, state, data, counts))
+        logger.log_setup(configs, counts)
         validation.warn_if_trained_on(data.train, logger)
 
         batches = iter(loader)
@@ -170,7 +171,7 @@ def train_one_epoch(
 
 def validate(state: TrainState, validation: Validation, writer: CheckpointWriter, logger: RunLogger) -> None:
     """Measure, log, and save `best.pt` if the best metric improved."""
-    metrics = validation.run()
+    metrics = validation.run(logger)
     state.validated_step = state.global_step
     logger.log_validation(state.global_step, state.epoch, metrics)
     if (score := validation.score(metrics)) > state.best:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from dataloader.config import add_caption_flags, caption_spec
+from dataloader.config import add_caption_flags, caption_spec, load_data_config
 from utils.flags import Parser, add_checkpoint_flag, add_inference_flags, add_model_flags, model_settings
 
 DATASET_TYPES = ("cifar", "imagenet", "folder", "retrieval")
@@ -45,6 +45,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--class_names", nargs="+", metavar="NAME", help=f"{class_help} (default: the folders' names)")
     add_inference_flags(parser, templates="openai for imagenet, else single")
     add_model_flags(parser)
+    missing_help = "give figures although more than 1 %% of the images are missing or unreadable"
+    parser.add_argument("--allow_missing", action="store_true", help=missing_help)
     output_help = "folder for the results (default: %(default)s)"
     parser.add_argument("--output", type=Path, metavar="DIR", default="zero_shot_eval_output", help=output_help)
     predictions_help = "write a new CSV table: each image's file, label, and five best classes with probabilities"
@@ -65,6 +67,7 @@ if __name__ == "__main__":
 
 from dataloader.captions import CaptionSet, open_captions
 from dataloader.classification import ClassificationSet, load_cifar, load_class_folders, load_imagenet
+from dataloader.counts import count_captions, describe_counts, require_complete
 from model import TrainedCLIP, load_clip
 from utils.device import choose_device
 from utils.errors import UserError, run_script
@@ -108,6 +111,7 @@ def evaluate_classes(
         dataset.images, batch_size=args.batch_size, num_workers=args.num_workers, show_progress=True
     )
     print_skipped(failures)
+    check_complete(len(dataset.images), [failure.path for failure in failures], args)
     labels = indices.new_tensor(dataset.labels)[indices]
     accuracy = zero_shot_accuracy(image_features, labels, classifier)
     classes = list(zip(dataset.class_ids, dataset.classnames, strict=True))
@@ -122,15 +126,23 @@ def evaluate_classes(
 
 def evaluate_captions(clip: TrainedCLIP, dataset: CaptionSet, stem: Path, args: argparse.Namespace) -> dict[str, float]:
     """Retrieve captions by image and images by caption, write the report, and return its summary."""
-    print(one_line(f"{clip.source} on {dataset.describe()}"))
+    counts = count_captions(dataset, clip.model.config.context_length)
+    print(one_line(f"{clip.source} on {describe_counts(dataset, counts)}"))
+    num_images = dataset.num_images + len(dataset.missing)
+    check_complete(num_images, dataset.missing, args)
     captions = [image.captions for image in dataset.images]
     features, (indices, _, failures) = clip.encode_captioned(
         dataset.files, captions, batch_size=args.batch_size, num_workers=args.num_workers, show_progress=True
     )
     print_skipped(failures)
+    check_complete(num_images, [*dataset.missing, *(failure.path for failure in failures)], args)
     readable = dataset.take(indices.tolist())
     captions = [image.captions for image in readable.images]
-    protocol = {"skipped_images": len(failures) + len(dataset.missing), **describe_measurement(clip, args)}
+    protocol = {
+        "skipped_images": len(failures) + len(dataset.missing),
+        "counts": counts,
+        **describe_measurement(clip, args),
+    }
     return write_retrieval(stem, features, readable.files, captions, protocol)
 
 
@@ -140,6 +152,12 @@ def describe_measurement(clip: TrainedCLIP, args: argparse.Namespace) -> dict[st
     options = {flag: str(value.resolve()) if isinstance(value, Path) else value for flag, value in options.items()}
     data = str(args.data_dir.resolve())
     return {"checkpoint": clip.source, "digest": clip.digest, "data": data, "options": options}
+
+
+def check_complete(num_images: int, left_out: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise UserError if too many of the images are missing or unreadable for a figure."""
+    if not args.allow_missing:
+        require_complete(num_images, left_out, load_data_config().max_unreadable_share)
 
 
 def print_skipped(failures: Sequence[Failure]) -> None:

@@ -116,7 +116,10 @@ def last_step(output: Path) -> int:
 
 
 def measure(process: subprocess.Popen, output: Path) -> list[tuple[int, float, int]]:
-    """Return (epoch, MiB, open files) of each epoch until the run ends: medians, since a single step fluctuates."""
+    """Return (epoch, MiB, open files) of each epoch until the run ends.
+
+    The least memory, since a checkpoint is a copy in memory until it is written, and the median of open files.
+    """
     seen: dict[int, list[tuple[float, int]]] = {}
     while process.poll() is None:
         if rows := read_rows(output):
@@ -125,7 +128,8 @@ def measure(process: subprocess.Popen, output: Path) -> list[tuple[int, float, i
             except OSError:  # it has just ended
                 break
         time.sleep(0.1)
-    return [(epoch, *map(statistics.median_high, zip(*usages, strict=True))) for epoch, usages in seen.items()]
+    columns = {epoch: tuple(zip(*usages, strict=True)) for epoch, usages in seen.items()}
+    return [(epoch, min(memory), statistics.median_high(files)) for epoch, (memory, files) in columns.items()]
 
 
 def usage(pid: int) -> tuple[float, int]:

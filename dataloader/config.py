@@ -57,6 +57,7 @@ class DataConfig(Config):
     color_jitter: Share
     token_dropout: Annotated[float, Field(ge=0, lt=1)]
     max_unreadable_share: Annotated[float, Field(ge=0, le=0.5)]
+    allow_missing: bool  # figures of incomplete held-out images
 
     def __post_init__(self) -> None:
         if self.val_img_dir is None and self.val_annotation_file is not None:

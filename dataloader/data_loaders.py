@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dataloader.augment import CAPTION, NUM_DRAWS, Augmentation
 from dataloader.captions import CaptionSet, open_captions
 from dataloader.classification import ClassificationSet, load_class_folders
 from dataloader.config import DataConfig
+from dataloader.counts import count_captions, require_complete
 from dataloader.sampler import START, Batch, EpochSampler
 from dataloader.sources import EncodedImages, ImageSource
 from dataloader.storage.cache import open_cache
@@ -41,6 +42,13 @@ class OpenedData(NamedTuple):
     train: CaptionSet | ShardStream
     val: CaptionSet | None
     classes: ClassificationSet | None
+
+    def count(self, context_length: int) -> dict[str, dict[str, Any]]:
+        """Return `count_captions` of the sets that are not a stream, by "train" and "val"."""
+        sets = {"train": self.train, "val": self.val}
+        return {
+            name: count_captions(found, context_length) for name, found in sets.items() if isinstance(found, CaptionSet)
+        }
 
     def identify(self) -> str:
         """Return "N images, M captions, fingerprint F", by which a checkpoint tells the training set from others.
@@ -68,9 +76,11 @@ def open_data(config: DataConfig) -> OpenedData:
         train: CaptionSet | ShardStream = ShardStream(config.train_img_dir, config.stream_num_images)
     else:
         train = open_captions(config.captions("train"))
-    val, class_dir = config.captions("val"), config.val_class_dir
+    val, class_dir = config.captions("val") and open_captions(config.captions("val")), config.val_class_dir
+    if val and not config.allow_missing:
+        require_complete(val.num_images + len(val.missing), val.missing, config.max_unreadable_share)
     classes = class_dir and load_class_folders(Path(class_dir), flag="--set dataloader.val_class_dir")
-    return OpenedData(train, val and open_captions(val), classes)
+    return OpenedData(train, val, classes)
 
 
 class CaptionDataset(Dataset):

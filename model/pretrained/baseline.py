@@ -30,7 +30,8 @@ class Baseline(nn.Module):
         rules = config["preprocess_cfg"]
         size = rules["size"] if isinstance(rules["size"], int) else rules["size"][0]
         mean, std = tuple(rules["mean"]), tuple(rules["std"])
-        self.config = SimpleNamespace(image_resolution=size, image_mean=mean, image_std=std)
+        length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+        self.config = SimpleNamespace(image_resolution=size, image_mean=mean, image_std=std, context_length=length)
         self.encode_image = model.encode_image
         self.encode_text = model.encode_text
 

@@ -17,6 +17,7 @@ KEY_OF_FLAG = {
     "recipe": "trainer.recipe",
     "epochs": "trainer.num_train_epochs",
     "batch_size": "trainer.per_gpu_train_batch_size",
+    "allow_missing": "dataloader.allow_missing",
     **{flag: f"dataloader.{flag}" for flag in PATH_FLAGS},
 }
 

@@ -23,6 +23,7 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     add("--output_dir", type=Path, metavar="DIR", help="folder of checkpoints and logs (default: . or sample_run)")
     resume = "continue from a checkpoint; auto: from the newest in --output_dir, or start if there is none"
     add("--resume", metavar="auto|PATH", help=resume)
+    add("--allow_missing", action="store_true", default=None, help="validate although held-out images are missing")
     add("--allow_other_data", action="store_true", help="resume although the training images or captions changed")
     add("--time_limit", type=parse_duration, metavar="TIME", help="save and stop before it: 90m, 11.5h or 11:30:00")
     override = "override any key of a YAML file, e.g. trainer.optimizer.params.lr=1e-3 or model.embed_dim=512"

@@ -53,10 +53,12 @@ class RunLogger(logging.Logger):
         record.msg, record.args = clean(record.getMessage()), None
         super().handle(record)
 
-    def log_config(self, configs: Any) -> None:
-        """Write the merged configuration to the text file alone."""
+    def log_setup(self, configs: Any, counts: Mapping[str, Any]) -> None:
+        """Write the merged configuration to the text file alone, and the counts of the data to `data.json`."""
         text = "configuration\n" + yaml.safe_dump(to_plain(configs), sort_keys=False)
         self.info(text, extra={"file_only": True})
+        if not self.disabled:
+            write_atomic(self.folder / "data.json", (json.dumps(counts, indent=1) + "\n").encode())
 
     def drop_rows_after(self, step: int) -> None:
         """Delete the rows of steps after `step`, which a resumed run writes again, and a last row that is cut short."""

@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dataloader.counts import describe_counts
 from dataloader.data_loaders import OpenedData
 from trainer.config import TrainConfig
 from trainer.parallel import Runtime
@@ -21,8 +23,10 @@ from utils.text import one_line
 USABLE_MEMORY = 0.9  # of a GPU: the rest is fragments, libraries and other programs
 
 
-def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: OpenedData) -> str:
-    """Return the lines that state what is about to happen."""
+def describe_run(
+    schedule: Schedule, runtime: Runtime, state: TrainState, data: OpenedData, counts: dict[str, dict[str, Any]]
+) -> str:
+    """Return the lines that state what is about to happen. `counts`: what `data.count` returned."""
     config, model = schedule.config, state.model
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     batch = f"{config.per_gpu_train_batch_size} pairs"
@@ -36,7 +40,7 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
     weight_decay = optimizer.weight_decay(schedule.steps_per_epoch)
     rows = {
         "recipe": config.recipe,
-        "data": data.train.describe(),
+        "data": describe_counts(data.train, counts["train"]) if "train" in counts else data.train.describe(),
         "model": f"{model.config.name}, {num_parameters:,} parameters, {model.config.image_resolution} px",
         "device": runtime.description,
         "batch": f"{batch}, {schedule.pairs_per_loss} in each loss",
@@ -44,6 +48,8 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
         f"{schedule.warmup_steps:,} of them warmup",
         "optimizer": f"{optimizer.type}, peak lr {optimizer.params.lr:g}, weight decay {weight_decay:.3g}",
     }
+    if data.val:
+        rows["validation"] = describe_counts(data.val, counts["val"])
     if data.classes:
         sizes = f"{len(data.classes.images):,} images of {len(data.classes.classnames):,} classes"
         rows["zero-shot"] = "; ".join([sizes, *data.classes.notes])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dataloader.captions import CaptionSet
+from dataloader.counts import find_shared, require_complete
 from dataloader.data_loaders import OpenedData
 from dataloader.storage.stream import ShardStream
 from model import CLIP, TrainedCLIP
@@ -15,6 +16,7 @@ from trainer.parallel import Runtime
 from trainer.run.checkpoint import TrainState
 from trainer.run.logger import RunLogger
 from trainer.schedule import Schedule
+from utils.errors import UserError
 from utils.retrieval import FOLD_SIZE, fold_metrics, retrieval_metrics
 from utils.zero_shot import zero_shot_accuracy
 
@@ -28,6 +30,7 @@ class Validation:
     def __init__(self, data: OpenedData, state: TrainState, schedule: Schedule, runtime: Runtime) -> None:
         config = schedule.config
         self.clip = TrainedCLIP(state.model)
+        self.data_config = state.configs.dataloader
         self.val_set = data.val
         self.class_set = data.classes
         self.state = state
@@ -49,29 +52,33 @@ class Validation:
 
     def warn_if_trained_on(self, train_set: CaptionSet | ShardStream, logger: RunLogger) -> None:
         """Log the number of validation images that are training images too; for a stream it is unknown."""
-        shared = shared_images(self.val_set, train_set) if self.val_set and isinstance(train_set, CaptionSet) else []
+        is_known = self.val_set and isinstance(train_set, CaptionSet) and self.runtime.is_main
+        shared = find_shared(self.val_set, train_set) if is_known else []
         if shared:
             logger.warning(
                 f"{len(shared):,} of the {self.val_set.num_images:,} validation images are also training images (e.g. "
                 f"{shared[0]}), so their recall measures memorization; for a train2017 model use val2017"
             )
 
-    def run(self) -> dict[str, float]:
+    def run(self, logger: RunLogger) -> dict[str, float]:
         """Return the metrics by name on rank 0, nothing on the others. Every process calls it.
 
         `loss`, `image_to_text_R@1` and so on in [0, 1], `mean_recall`, the same with `1k_` as means over folds of
-        1,000 images, `zero_shot_top1` and `zero_shot_top5` in %. The model is in training mode afterwards.
+        1,000 images, `zero_shot_top1` and `zero_shot_top5` in %, and the numbers of images behind them. Where too many
+        images are unreadable, a warning is logged and there is no figure. The model is in training mode afterwards.
         """
         model = self.clip.model
         self.runtime.broadcast_buffers(model)
         model.eval()
         metrics: dict[str, float] = {}
         if self.val_set:
-            features = self._encode(self.val_set)
-            if self.runtime.is_main:
+            features, unreadable = self._encode(self.val_set)
+            missing = self.val_set.missing
+            if self.runtime.is_main and self._is_complete(self.val_set.num_images, missing, unreadable, logger):
                 metrics |= self._retrieval(features)
+                metrics |= {"images": len(features.images), "images_left_out": len(missing) + len(unreadable)}
         if self.class_set:
-            metrics |= self._zero_shot()
+            metrics |= self._zero_shot(logger)
         model.train()
         self.metrics = metrics
         return metrics
@@ -85,8 +92,22 @@ class Validation:
         """Return the indices of this process's images."""
         return range(self.runtime.rank, num_images, self.runtime.world_size)
 
-    def _encode(self, val_set: CaptionSet) -> CaptionFeatures:
-        """Encode the images and captions, each process its share; in the order of the images, each counted once."""
+    def _is_complete(self, num_images: int, missing: list[str], unreadable: list[str], logger: RunLogger) -> bool:
+        """Return whether enough images are left for a figure, and log a warning if not."""
+        if self.data_config.allow_missing:
+            return True
+        try:
+            require_complete(num_images + len(missing), [*missing, *unreadable], self.data_config.max_unreadable_share)
+        except UserError as error:
+            logger.warning(str(error))
+            return False
+        return True
+
+    def _encode(self, val_set: CaptionSet) -> tuple[CaptionFeatures, list[str]]:
+        """Encode the images and captions, each process its share; return also the unreadable images.
+
+        The features are in the order of the images, each counted once.
+        """
         own, part = self._share(val_set.num_images), None
         if own:
             share = val_set.take(own)
@@ -94,12 +115,20 @@ class Validation:
             features, encoded = self.clip.encode_captioned(share.files, captions, **self.loading)
             numbers = torch.tensor(own)[encoded.indices.cpu()]  # of the images in the set
             owners = numbers[features.image_of_text.cpu()]  # of the texts
-            part = numbers, features.images.cpu(), owners, features.texts.cpu()
+            part = (
+                [failure.path for failure in encoded.failures],
+                numbers,
+                features.images.cpu(),
+                owners,
+                features.texts.cpu(),
+            )
         parts = [part for part in self.runtime.all_gather_object(part) if part]
-        numbers, images, owners, texts = (torch.cat(column) for column in zip(*parts, strict=True))
+        unreadable, *columns = zip(*parts, strict=True)
+        numbers, images, owners, texts = map(torch.cat, columns)
         order = numbers.argsort()
         image_of_text = torch.searchsorted(numbers[order], owners)
-        return CaptionFeatures(*(part.to(self.runtime.device) for part in (images[order], texts, image_of_text)))
+        features = CaptionFeatures(*(part.to(self.runtime.device) for part in (images[order], texts, image_of_text)))
+        return features, sum(unreadable, [])
 
     @torch.no_grad()
     def _retrieval(self, features: CaptionFeatures) -> dict[str, float]:
@@ -126,32 +155,25 @@ class Validation:
             losses.append(loss_function(images, texts, scale, bias, across_ranks=False)[0])
         return torch.stack(losses).mean().item()
 
-    def _zero_shot(self) -> dict[str, float]:
+    def _zero_shot(self, logger: RunLogger) -> dict[str, float]:
         own = self._share(len(self.class_set.images))
-        part: tuple[Tensor, Tensor] | None = None
+        part: tuple[list[str], Tensor, Tensor] | None = None
         if own:
             images = [self.class_set.images[number] for number in own]
             encoded = self.clip.encode_readable(images, **self.loading)
-            part = torch.tensor(own)[encoded.indices.cpu()], encoded.features.cpu()
+            unreadable = [failure.path for failure in encoded.failures]
+            part = unreadable, torch.tensor(own)[encoded.indices.cpu()], encoded.features.cpu()
         parts = [part for part in self.runtime.all_gather_object(part) if part]
         if not self.runtime.is_main:
             return {}
-        indices, features = (torch.cat(column) for column in zip(*parts, strict=True))
+        unreadable, *columns = zip(*parts, strict=True)
+        indices, features = map(torch.cat, columns)
+        num_images, unreadable = len(self.class_set.images), sum(unreadable, [])
+        if not self._is_complete(num_images, [], unreadable, logger):
+            return {}
         classifier = self.clip.build_classifier(self.class_set.classnames).cpu()
         top1, top5 = zero_shot_accuracy(
             features, torch.tensor(self.class_set.labels)[indices], classifier
         ).percentages()
-        return {"zero_shot_top1": top1, "zero_shot_top5": top5}
-
-
-def shared_images(val_set: CaptionSet, train_set: CaptionSet) -> list[int | str]:
-    """Return the ids of validation images that are also training images: the same id and a caption in common.
-
-    About 88 % of Karpathy's test split is in COCO's train2017.
-    """
-    training = {image.image_id: image.captions for image in train_set.images}
-    return [
-        image.image_id
-        for image in val_set.images
-        if not set(image.captions).isdisjoint(training.get(image.image_id, ()))
-    ]
+        numbers = {"zero_shot_images": len(indices), "zero_shot_images_left_out": len(unreadable)}
+        return {"zero_shot_top1": top1, "zero_shot_top5": top5, **numbers}
