@@ -1,4 +1,6 @@
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,16 +62,78 @@ def test_random_crops_of_a_cache_change_with_the_epoch_only(tmp_path: Path, cach
     assert (by_epoch[0] != by_epoch[1]).flatten(1).any(dim=1).all()
 
 
+def built(messages: list[str]) -> list[str]:
+    """Return why the cache was built, and forget the messages."""
+    lines = [line.partition("since ")[2] for line in messages if line.startswith("building the cache")]
+    messages.clear()
+    return lines
+
+
+def shows(loader: TrainLoader, files: tuple[Path, Path]) -> bool:
+    """Return whether a loader's images are those of the files."""
+    colours = [np.asarray(Image.open(image.path).convert("RGB"))[0, 0] for image in read_captions(*files).images]
+    pixels = [loader.dataset.source.read(number)[:, 5, 5].numpy() for number in range(len(colours))]
+    return np.abs(np.array(pixels).astype(int) - np.array(colours)).max() <= 9  # JPEG
+
+
 @pytest.mark.parametrize("cache", ["jpeg", "pixels"])
-def test_a_stale_cache_is_refused(tmp_path: Path, cache):
-    files = make_captions(tmp_path)
-    messages = []
-    make_loader(files, tmp_path / "cache", cache, messages=messages)
-    make_loader(files, tmp_path / "cache", cache, messages=messages)
-    assert len([line for line in messages if "building the cache" in line]) == 1
-    Image.effect_noise((48, 40), 90).save(files[0] / "000000000004.png")
-    with pytest.raises(UserError, match="a pack of other images"):
-        make_loader(files, tmp_path / "cache", cache)
+def test_a_cache_belongs_to_its_images(tmp_path: Path, cache):
+    files, messages = make_captions(tmp_path / "a"), []
+    for image in files[0].iterdir():
+        Image.open(image).save(image, "BMP")  # of equal sizes
+    folder, options = tmp_path / "cache", {"messages": messages}
+    make_loader(files, folder, cache, **options)
+    make_loader(files, folder, cache, **options)
+    assert built(messages) == [""]
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")  # the same contents at other times
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    files = tmp_path / "moved" / "images", tmp_path / "moved" / "captions.json"
+    make_loader(files, folder, cache, **options)
+    assert messages == [f"comparing 24 images, whose times have changed, with those of {next(folder.glob('*_3?'))}"]
+    make_loader(files, folder, cache, **options)
+    assert len(messages) == 1
+    changed, before = files[0] / "000000000004.png", (files[0] / "000000000004.png").stat()
+    shutil.copy(files[0] / "000000000005.png", changed)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert shows(make_loader(files, folder, cache, **options), files)
+    assert built(messages) == ["1 of 24 images have changed, e.g. 000000000004.png"]
+    changed.write_bytes(changed.read_bytes() + b"0")
+    make_loader(files, folder, cache, **options)
+    assert len(messages) == 1 and built(messages) == ["1 of 24 images have changed, e.g. 000000000004.png"]
+    other = make_captions(tmp_path / "b", num_images=20)
+    assert shows(make_loader(other, folder, cache, **options), other)
+    assert built(messages) == ["num_images was 24, is 20"]
+
+
+@pytest.mark.parametrize("cache", ["jpeg", "pixels"])
+def test_a_copied_cache_is_used_and_a_damaged_one_built_anew(tmp_path: Path, cache):
+    files, messages = make_captions(tmp_path / "a"), []
+    make_loader(files, tmp_path / "cache", cache)
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    (folder,) = (path for path in (tmp_path / "copy").iterdir() if path.is_dir())
+    make_loader(files, tmp_path / "copy", cache, messages=messages)
+    assert messages == [f"comparing {folder}, whose times have changed, with its checksums"]
+    make_loader(files, tmp_path / "copy", cache, messages=messages)
+    assert len(messages) == 1
+    content = {"jpeg": "000000.tar", "pixels": "pixels.npy"}[cache]
+    for name, reason in {content: "its ", "pack.json": "its pack.json", "sources.npz": "its sources.npz"}.items():
+        (folder / name).write_bytes((folder / name).read_bytes()[:-3_000])
+        messages.clear()
+        assert shows(make_loader(files, tmp_path / "copy", cache, messages=messages), files)
+        assert [line.startswith(reason) for line in built(messages)] == [True]
+
+
+def test_a_pixel_cache_that_another_run_replaced_is_not_mapped(tmp_path: Path):
+    loader = make_loader(make_captions(tmp_path / "a"), tmp_path / "cache", "pixels")
+    make_loader(make_captions(tmp_path / "b", num_images=20), tmp_path / "cache", "pixels")
+    with pytest.raises(UserError, match=r"another run replaced .*pixels.npy"):
+        next(iter(loader))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_with_the_setting(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written .* --set dataloader.cache_dir=DIR"):
+        make_loader(make_captions(tmp_path), tmp_path / "file", "pixels")
 
 
 @pytest.mark.parametrize("cache", ["jpeg", "pixels"])

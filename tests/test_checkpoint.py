@@ -118,6 +118,9 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path):
     assert names(tmp_path) == ["checkpoint_3_120.pt", "checkpoint_3_40.pt"]
     save(make_writer(tmp_path, keep_last=0), make_state(130))
     assert len(names(tmp_path)) == 3 and find(tmp_path)["global_step"] == 130
+    (tmp_path / "checkpoint_of_may_5.pt").touch()
+    writer.save(make_state(140))
+    assert names(tmp_path) == ["checkpoint_3_130.pt", "checkpoint_3_140.pt", "checkpoint_of_may_5.pt"]
 
 
 def test_best_pt_contains_the_weights_but_cannot_be_resumed(tmp_path: Path):
@@ -125,7 +128,7 @@ def test_best_pt_contains_the_weights_but_cannot_be_resumed(tmp_path: Path):
     save_best(writer, make_state())
     assert names(tmp_path) == ["best.pt"] and load_clip(tmp_path / "best.pt").model.config == SMALL
     assert find(tmp_path) is None
-    with pytest.raises(UserError, match="best.pt: contains weights alone"):
+    with pytest.raises(UserError, match="best.pt: contains weights alone.* best validation.* --checkpoint_path"):
         find(tmp_path, str(tmp_path / "best.pt"))
     save_best(make_writer(tmp_path / "none", keep_best=False), make_state())
     assert not (tmp_path / "none").exists()
@@ -182,6 +185,21 @@ def test_a_folder_of_damaged_checkpoints_does_not_start_anew(tmp_path: Path):
     with pytest.raises(UserError, match="no readable checkpoint"):
         find(tmp_path)
     assert find(tmp_path / "new") is None
+
+
+def test_other_training_data_is_refused_unless_it_is_allowed(tmp_path: Path):
+    state, logger = make_state(), ListLogger()
+    make_writer(tmp_path).save(state)
+    assert find_checkpoint("auto", tmp_path, logger, training_data="24 images")["training_data"] == ""
+    assert "does not record its training data" in logger.messages.pop()
+    state.training_data = "24 images, fingerprint 1"
+    make_writer(tmp_path).save(state)
+    same, other = {"training_data": "24 images, fingerprint 1"}, {"training_data": "9 images, fingerprint 2"}
+    assert find_checkpoint("auto", tmp_path, logger, **same) and not logger.messages
+    with pytest.raises(UserError, match="was 24 images, .*, is now 9 images, .*--allow_other_data"):
+        find_checkpoint("auto", tmp_path, logger, **other)
+    assert find_checkpoint("auto", tmp_path, logger, **other, allow_other_data=True)["global_step"] == 120
+    assert "is now 9 images" in logger.messages[0]
 
 
 def test_resuming_from_an_older_checkpoint_does_not_overwrite_newer_ones(tmp_path: Path):

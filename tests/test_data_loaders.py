@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 from dataloader.augment import Augmentation
 from dataloader.captions import read_captions
 from dataloader.config import load_data_config
-from dataloader.data_loaders import MAX_REPLACEMENTS, CaptionDataset, TrainLoader, open_data
+from dataloader.data_loaders import MAX_REPLACEMENTS, CaptionDataset, OpenedData, TrainLoader, open_data
 from dataloader.sampler import Position
 from dataloader.sources import EncodedImages, ImageSource
 from dataloader.token_table import tokenize
@@ -36,6 +37,30 @@ def test_every_image_comes_once_an_epoch_in_a_new_order():
     assert [sorted(order) for order in epochs] == [list(range(20))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert batches == list(sampler) != list(make_sampler(20, 5, num_epochs=3, seed=2))
+
+
+def test_a_training_set_is_identified_by_names_sizes_and_captions(tmp_path: Path):
+    def identify(folder: Path) -> str:
+        return OpenedData(read_captions(folder / "images", folder / "captions.json"), None, None).identify()
+
+    make_captions(tmp_path / "a", num_images=4)
+    original = identify(tmp_path / "a")
+    assert original.startswith("4 images, 8 captions, fingerprint ")
+    assert identify(shutil.copytree(tmp_path / "a", tmp_path / "moved")) == original
+    names = [f"{number:012}.png" for number in range(5)]
+    for number, change in enumerate([
+        lambda folder: (folder / "images" / names[3]).write_bytes(b"damaged"),
+        lambda folder: (folder / "captions.json").write_text(edited(folder, "colour", "color")),
+        lambda folder: (folder / "images" / names[3]).rename(folder / "images" / names[4])
+        and (folder / "captions.json").write_text(edited(folder, names[3], names[4])),
+    ]):  # fmt: skip
+        folder = shutil.copytree(tmp_path / "a", tmp_path / str(number))
+        change(folder)
+        assert identify(folder) != original
+
+
+def edited(folder: Path, old: str, new: str) -> str:
+    return (folder / "captions.json").read_text().replace(old, new)
 
 
 def test_a_sampler_continues_at_its_start():

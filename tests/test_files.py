@@ -26,7 +26,8 @@ def test_an_error_leaves_the_file_unchanged(tmp_path: Path, error):
 
 
 def test_the_unfinished_files_of_killed_processes_are_deleted(tmp_path: Path):
-    for name in ("rows.jsonl", "rows.jsonl.part-17"):
+    kept = ["film.part-1", "film.part-1.rar", "my.rows.jsonl.part-17", "rows.jsonl", "rows.jsonl.part-two"]
+    for name in (*kept, "rows.jsonl.part-17"):
         (tmp_path / name).touch()
-    delete_unfinished(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    delete_unfinished(tmp_path, r"rows\.jsonl|other")
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept

@@ -25,6 +25,15 @@ def test_folders_are_created_and_unfinished_files_deleted(tmp_path: Path):
         assert not part.exists() and list(folder.checkpoints.iterdir()) == []
 
 
+def test_files_that_no_run_writes_are_kept(tmp_path: Path):
+    with open_folder(tmp_path) as folder:
+        mine = [folder.checkpoints / name for name in ("backup.tar.part-1", ".writable", "checkpoint_of_may_5.pt")]
+        for file in mine:
+            file.touch()
+    with open_folder(tmp_path):
+        assert all(file.exists() for file in mine)
+
+
 def test_other_ranks_name_the_folders_without_touching_them(tmp_path: Path):
     with open_folder(tmp_path / "new", is_main=False) as folder:
         assert folder.checkpoints.parent == tmp_path / "new" and not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dataloader import pack as pack_command
 from dataloader.captions import read_captions
+from dataloader.storage.identity import stamps
 from dataloader.storage.packing import PIXELS_FILE, make_spec, pack, read_manifest, shrink_jpeg
 from tests.conftest import ROOT, SCRIPT_ENVIRONMENT, make_captions, message_logger
 from utils.errors import UserError
@@ -21,8 +22,14 @@ def pack_flags(files: tuple[Path, Path], output: Path, *flags: object) -> list[s
     return list(map(str, flags))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+def contents(folder: Path) -> dict[str, object]:
+    """Return the content of each file by its name, of .npz files the arrays but for the times of files."""
+    read = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    for name in read:
+        if name.endswith(".npz"):
+            arrays = dict(np.load(folder / name))
+            read[name] = {key: arrays[key].tobytes() for key in arrays if not key.endswith("stamps")}
+    return read
 
 
 def finished_chunks(folder: Path) -> int:
@@ -100,12 +107,25 @@ def test_part_of_another_pack_is_refused(tmp_path: Path):
     caption_set, output = read_captions(*make_captions(tmp_path)), tmp_path / "out"
     spec, logger = make_spec(caption_set, "shards", 32), message_logger([])
     pack(caption_set, output, spec, num_workers=0, logger=logger)
-    (output / "pack.json").write_text(json.dumps(spec._asdict()))  # as while packing
-    assert read_manifest(output, spec) is None
-    for manifest in ("", None):
-        with pytest.raises(UserError, match="a pack of other images"):
+    (output / "pack.json").write_text(json.dumps({**spec._asdict(), "unreadable": None}))  # as while packing
+    assert read_manifest(caption_set, output, spec, logger) is None
+    for manifest, reason in {"": r"\(size was 32, is 40\)", None: r"\(its pack.json is damaged"}.items():
+        with pytest.raises(UserError, match=f"a pack of other images .*{reason}"):
             pack(caption_set, output, spec._replace(size=40), num_workers=0, logger=logger)
         (output / "pack.json").unlink() if manifest is None else (output / "pack.json").write_text(manifest)
+
+
+@pytest.mark.parametrize("name", ["sizes.json", "film.tar", "000000.tar"])
+def test_a_users_own_files_are_neither_deleted_nor_overwritten(tmp_path: Path, name):
+    files, output = make_captions(tmp_path), tmp_path / "out"
+    output.mkdir()
+    (output / "film.part-1.rar").write_text("mine")
+    (output / name).write_text("mine")
+    with pytest.raises(UserError, match=f"out contains {name} but no pack.json"):
+        pack_command.main(pack_flags(files, output))
+    (output / name).unlink()
+    pack_command.main(pack_flags(files, output))
+    assert (output / "film.part-1.rar").read_text() == "mine"
 
 
 def test_no_readable_image_is_one_sentence(tmp_path: Path):
@@ -138,10 +158,11 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, form):
 def test_an_error_while_writing_is_one_sentence_and_the_pack_continues(tmp_path: Path, num_workers):
     caption_set, output = read_captions(*make_captions(tmp_path)), tmp_path / "out"
     spec, logger = make_spec(caption_set, "shards", 32, images_per_chunk=10), message_logger([])
-    (output / "000001.tar").mkdir(parents=True)  # nothing can be written there
-    (output / "pack.json").write_text(json.dumps(spec._asdict()))
+    (output / "000001_unreadable.json").mkdir(parents=True)  # nothing can be written there
+    (output / "pack.json").write_text(json.dumps({**spec._asdict(), "unreadable": None}))
+    np.savez(output / "sources.npz", image_stamps=stamps([image.path for image in caption_set.images]))
     with pytest.raises(UserError, match="out cannot be written .* to continue"):
         pack(caption_set, output, spec, num_workers=num_workers, logger=logger)
-    (output / "000001.tar").rmdir()
+    (output / "000001_unreadable.json").rmdir()
     pack(caption_set, output, spec, num_workers=num_workers, logger=logger)
     assert read_captions(output).num_images == 24

@@ -100,6 +100,20 @@ def test_building_a_cache_and_finding_it_train_alike(tmp_path: Path, data, cache
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_images", [12, 26, 40])
+def test_a_run_on_fewer_or_more_images_continues_if_it_is_allowed(tmp_path: Path, data, recorder, num_images):
+    recorder.before[2] = send(signal.SIGTERM)  # after 16 of 28 images
+    with pytest.raises(SystemExit):
+        train.main(flags_for(data, tmp_path))
+    other = make_captions(tmp_path / "other", num_images)
+    with pytest.raises(UserError, match=f"was 28 images, .*, is now {num_images} images"):
+        train.main([*flags_for(other, tmp_path), "--resume", "auto"])
+    train.main([*flags_for(other, tmp_path), "--resume", "auto", "--allow_other_data"])
+    steps = 2 + max(0, num_images - 16) // 8 + 2 * (num_images // 8)
+    assert last_checkpoint(tmp_path)["global_step"] == steps and len(recorder.images) == steps
+
+
+@pytest.mark.slow
 def test_a_run_may_be_made_longer(tmp_path: Path, data, recorder, capsys):
     train.main(flags_for(data, tmp_path, epochs=1))
     train.main([*flags_for(data, tmp_path), "--resume", str(tmp_path / "saved_checkpoints")])

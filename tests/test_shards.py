@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from argparse import Namespace
 from pathlib import Path
@@ -115,6 +116,43 @@ def test_the_index_is_made_again_when_other_tools_shards_change(tmp_path: Path):
     assert len(read_captions(tmp_path).images) == 1 and (tmp_path / INDEX_FILE).is_file()
     write_tar(tmp_path / "1.tar", {"b.jpg": jpeg((1, 2, 3)), "b.txt": b"two"})
     assert len(read_captions(tmp_path).images) == 2
+
+
+def test_a_shard_rewritten_at_the_same_size_is_indexed_anew(tmp_path: Path):
+    for text in ("one", "two"):
+        write_tar(tmp_path / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": text.encode()})
+        os.utime(tmp_path / "0.tar", (1e9, 1e9))
+        read = read_captions(tmp_path)
+        assert read.images[0].captions == (text,)
+    assert "was made anew (0.tar has changed)" in read.describe()
+    assert read_captions(tmp_path).shards.notes == []
+    (tmp_path / INDEX_FILE).write_bytes((tmp_path / INDEX_FILE).read_bytes()[:-30])
+    assert "index.npz was damaged" in read_captions(tmp_path).describe()
+
+
+def test_an_index_that_cannot_be_written_beside_its_shards_goes_to_the_cache(tmp_path: Path):
+    for name in ("a", "b"):  # shards of the same name
+        (tmp_path / name / INDEX_FILE).mkdir(parents=True)  # nothing can be written there
+        write_tar(tmp_path / name / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": name.encode()})
+    for notes in (1, 0):
+        for name in ("a", "b"):
+            shards = Shards.open(tmp_path / name, cache_dir=tmp_path / "cache")
+            assert [captions for *_, captions in shards.samples()] == [(name,)] and len(shards.notes) == notes
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    (tmp_path / "cache").touch()
+    assert "so the index is in memory" in Shards.open(tmp_path / "a", cache_dir=tmp_path / "cache").notes[1]
+
+
+def test_the_index_of_another_pack_is_not_believed(tmp_path: Path):
+    folder, caption_set = make_shards(tmp_path / "a")
+    other, _ = make_shards(tmp_path / "b")
+    assert read_captions(shutil.copytree(folder, tmp_path / "copy")).describe() == "24 images, 48 captions"
+    for file in other.glob("*.tar"):
+        write_tar(file, {"0.jpg": jpeg((1, 2, 3)), "0.txt": f"of {file.name}".encode()})
+        (folder / file.name).write_bytes(file.read_bytes())
+    read = read_captions(folder)
+    assert [image.captions for image in read.images] == [(f"of 00000{number}.tar",) for number in range(3)]
+    assert "was of other shards" in read.describe()
 
 
 @pytest.mark.parametrize("kept", [0, 700, 12_000])

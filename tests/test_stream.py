@@ -78,6 +78,15 @@ def test_an_unreadable_image_in_a_stream_is_skipped_and_logged(tmp_path: Path):
     assert len(batches) == 50 and len(messages) == 1 and "0.tar/7" in messages[0]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_without_a_usable_sample_is_one_sentence(tmp_path: Path, num_workers):
+    write_tar(tmp_path / "0.tar", {f"{number}.jpg": jpeg((number, 2, 3)) for number in range(20)})
+    write_tar(tmp_path / "1.tar", {})
+    for name, reason in {"0": "has no image or no caption", "1": "has no sample", "2": "No such file"}.items():
+        with pytest.raises(UserError, match=f"too few images with captions .*{name}.tar.*{reason}"):
+            list(stream(tmp_path / f"{name}.tar", stream_num_images=20, num_workers=num_workers))
+
+
 def test_images_of_a_stream_are_flipped(tmp_path: Path):
     members = {}
     for number in range(20):

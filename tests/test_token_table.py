@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dataloader import token_table
 from dataloader.token_table import PackedStrings, random_numbers, tokenize
+from tests.conftest import message_logger
 from utils.tokenizer import get_tokenizer
 
 CAPTIONS = [("a cat", "a black cat on a very long red sofa"), ("two dogs",), ("a bird", "ein Vögelchen", "birds")]
@@ -41,6 +42,17 @@ def test_stored_tokens_are_read_again_unless_the_captions_changed(tmp_path: Path
     changed = tokenize([("a dog",), *CAPTIONS[1:]], 77, file)
     assert not np.array_equal(changed.ids, first.ids)
     assert tokenize(CAPTIONS, 5, file).ids.max() == first.ids.max() and len(tokenize(CAPTIONS, 5, file).ids) < 31
+
+
+def test_stored_tokens_that_are_damaged_are_made_again(tmp_path: Path):
+    file, messages = tmp_path / "tokens.npz", []
+    first = tokenize(CAPTIONS, 77, file)
+    file.write_bytes(file.read_bytes()[:-200])
+    again = tokenize(CAPTIONS, 77, file, message_logger(messages))
+    assert np.array_equal(first.ids, again.ids) and messages == [f"{file} is damaged: tokenizing the captions again"]
+    tokenize(CAPTIONS, 77, file, message_logger(messages))
+    tokenize(CAPTIONS, 77, file / "tokens.npz", message_logger(messages))
+    assert len(messages) == 2 and "cannot be written" in messages[1]
 
 
 def test_random_numbers_depend_on_seed_epoch_and_index_alone():

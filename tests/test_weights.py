@@ -74,11 +74,14 @@ def test_the_architecture_is_inferred_from_the_shapes(name):
 
 
 def test_a_directory_means_its_newest_checkpoint(tmp_path: Path, tiny_model):
-    for age, name in ((20, "checkpoint_0_9.pt"), (10, "checkpoint_0_10.pt")):
+    for age, name in ((20, "checkpoint_0_9.pt"), (30, "checkpoint_0_10.pt"), (10, "best.pt")):  # copied in any order
         tiny_model.logit_scale.data.fill_(age)
         torch.save(our_checkpoint(tiny_model), tmp_path / name)
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    assert load_clip(tmp_path).model.logit_scale == 10
+    assert load_clip(tmp_path).model.logit_scale == 30
+    for name in ("checkpoint_0_9.pt", "checkpoint_0_10.pt"):
+        (tmp_path / name).rename(tmp_path / name.replace("_0_", "-"))
+    assert load_clip(tmp_path).model.logit_scale == 10  # by time, where no name has a step
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, tiny_model):

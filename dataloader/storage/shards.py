@@ -185,7 +185,7 @@ def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str]]
     files = [folder / INDEX_FILE]
     if cache_dir:  # an index of its own for each folder
         files.append(cache_dir / f"index_{fingerprint([str(folder.resolve())])}.npz")
-    stored = {file: _read_index(file) for file in files if file.exists()}
+    stored = {file: _read_index(file) for file in files if file.is_file()}
     for index in stored.values():
         if index and all(np.array_equal(index[column], current[column]) for column in current):
             return index, []
