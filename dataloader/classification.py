@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils import imagenet
 from utils.errors import UserError
-from utils.images import image_suffixes, list_images
+from utils.images import describe_left_out, image_suffixes, list_images
 
 CIFAR = ("CIFAR10", "CIFAR100")
 IMAGENET = {  # by the name of the folder in lower case; any other name is the validation set
@@ -157,32 +157,15 @@ def _read_images(
     data_dir: Path, flag: str, label_of_folder: dict[Path, int], empty: ClassificationSet
 ) -> ClassificationSet:
     images, labels, notes = [], [], list(empty.notes)
-    left_out = {"images beside the class folders": list_images(data_dir)}
     for folder, label in label_of_folder.items():
         files = list_images(folder, nested=True)
         images += files
         labels += [label] * len(files)
-        for entry in sorted({*folder.rglob("*")} - {*files}):
-            if reason := _why_left_out(entry):
-                left_out.setdefault(f"{reason} in the class folders", []).append(entry)
     if not images:
         suffixes = ", ".join(sorted(image_suffixes()))
         raise UserError(f"{flag} {data_dir}: its folders contain no image ({suffixes})")
     found = set(labels)
     if without := [folder.name for folder, label in label_of_folder.items() if label not in found]:
         notes.append(f"{len(without)} class folders contain no image (e.g. {without[0]})")
-    for reason, entries in left_out.items():
-        if entries:
-            notes.append(f"left out: {len(entries):,} {reason} (e.g. {entries[0].relative_to(data_dir)})")
+    notes += describe_left_out(data_dir, images, nested=True)
     return empty._replace(images=images, labels=labels, notes=notes)
-
-
-def _why_left_out(entry: Path) -> str | None:
-    """Return what an entry is that `list_images` passes over, in the plural; None for a folder, which it enters."""
-    if entry.name.startswith("._") or entry.name == ".DS_Store" or "__MACOSX" in entry.parts:
-        return None if entry.is_dir() else "leftovers of macOS"
-    if entry.is_symlink() and not entry.exists():
-        return "broken links"
-    if entry.is_dir():
-        return "links to folders, which are not followed," if entry.is_symlink() else None
-    return "files that are not images by their suffix" if entry.is_file() else "pipes or devices"

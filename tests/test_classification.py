@@ -159,7 +159,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
     (tmp_path / "dog/photo.heic").touch()
     notes = load_class_folders(tmp_path).notes
     for reason, example in (
-        ("1 images beside the class folders", "stray.png"),
+        ("1 images outside of the folders that are read", "stray.png"),
         ("1 leftovers of macOS", "cat/._1.png"),
         ("1 broken links", "cat/broken.png"),
         ("1 links to folders", "cat/link"),
