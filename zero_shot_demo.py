@@ -42,7 +42,7 @@ if __name__ == "__main__":
 from model import load_clip
 from utils.device import choose_device
 from utils.errors import run_script
-from utils.images import find_images, load_image
+from utils.images import describe_left_out, find_images, load_image
 from utils.text import one_line
 from utils.zero_shot import CIFAR100_FILE, class_probabilities, read_class_names, read_templates
 
@@ -54,6 +54,7 @@ Ranking = list[tuple[str, float]]  # (class name, probability), most probable fi
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     files = [args.img_path] if args.img_path else find_images(args.img_dir)
+    left_out = [] if args.img_path else describe_left_out(args.img_dir, files)
     classnames = read_class_names(args.class_names or [str(CIFAR100_FILE)])
     templates = read_templates(args.templates or ["single"])
     clip = load_clip(args.checkpoint_path, choose_device(args.device), **model_settings(args))
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         print("drew", one_line(figure), file=out)
     for path, reason in failures:
         print(f"skipped {one_line(path)}: {reason}", file=out)
+    for line in left_out:
+        print(one_line(line), file=out)
     if args.json:
         images = [{"file": str(file), **result} for file, result in zip(files, results, strict=True)]
         skipped = [{"file": path, "reason": reason} for path, reason in failures]

@@ -81,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoints = args.compare or [args.checkpoint_path]
     labels, device = label_models(checkpoints), choose_device(args.device)
-    check_outputs(args)
     dataset = open_dataset(args)
     clips = [load_clip(checkpoint, device, **model_settings(args)) for checkpoint in checkpoints]
+    check_outputs(args)
 
     evaluate = evaluate_captions if args.dataset_type == "retrieval" else evaluate_classes
     name = args.annotation_file.stem if args.annotation_file else args.data_dir.resolve().name or "root"

@@ -1,6 +1,7 @@
 """Labeled images for zero-shot evaluation: CIFAR, the ImageNet family, and folders with one subfolder per class."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from PIL import Image
 
 from utils import imagenet
 from utils.errors import UserError
-from utils.images import image_suffixes, list_images
+from utils.images import describe_left_out, image_suffixes, list_images
 
 CIFAR = ("CIFAR10", "CIFAR100")
 IMAGENET = {  # by the name of the folder in lower case; any other name is the validation set
@@ -18,6 +19,7 @@ IMAGENET = {  # by the name of the folder in lower case; any other name is the v
     "imagenet-sketch": "ImageNet-Sketch",
     "imagenetv2-matched-frequency-format-val": "ImageNetV2",
 }
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 NUMBERED_FOLDER = re.compile(r"n\d{8}|\d+")  # WordNet ids (ImageNet), class indices (ImageNetV2)
 NUMBERED_NAME = re.compile(r"(?:n\d{8}|\d+)[-._ ]+(\D.*)")  # n02085620-Chihuahua, 001.Black_footed_Albatross
 
@@ -64,7 +66,8 @@ def load_imagenet(data_dir: Path) -> ClassificationSet:
     The subfolders are named by WordNet id or class index; the class names are OpenAI's. A and R have 200 classes, and
     only those are candidates. Raises UserError for other folders.
     """
-    title = IMAGENET.get(data_dir.resolve().name.lower(), "ImageNet val")
+    titles = (IMAGENET.get(path.name.lower()) for path in (data_dir.absolute(), data_dir.resolve()))
+    title = next(filter(None, titles), "ImageNet val")
     names = imagenet.classnames()
     all_ids = list(names)
     class_ids = imagenet.subset_ids(title[-1]) if title[-1] in imagenet.SUBSETS else all_ids
@@ -80,9 +83,11 @@ def load_imagenet(data_dir: Path) -> ClassificationSet:
             )
         folders[folder] = labels[class_id]
     notes = []
-    if title == "ImageNet val" and re.search(r"imagenet-?[ar]\b|sketch|v2", data_dir.resolve().name.lower()):
+    has_other_name = title == "ImageNet val" and re.search("sketch|v2", data_dir.resolve().name.lower())
+    if len(folders) < len(class_ids) or has_other_name:
         notes.append(
-            f"scored as ImageNet val, over 1,000 classes; for a variant rename the folder: {', '.join(IMAGENET)}"
+            f"{len(folders):,} class folders are scored as {title}, among {len(class_ids):,} classes; the name of the "
+            f"folder or of a link to it selects the set: {', '.join(IMAGENET)}, or any other for ImageNet val"
         )
     classnames = [names[class_id] for class_id in class_ids]
     empty = ClassificationSet([], [], classnames, class_ids, title, notes)
@@ -95,11 +100,17 @@ def load_class_folders(
     """Read a folder with one subfolder per class. A class has the name of its folder, with underscores as spaces.
 
     A number or WordNet id before every name is not part of the names. `classnames` replaces the names, in the sorted
-    order of the folders; folders that are only numbered are in numerical order. `flag`: how messages name `data_dir`.
-    Raises UserError if there is no folder or no image, or if all folders are numbered and `classnames` is not given.
+    order of the folders, in which numbers count by their value: 2 before 10. `flag`: how messages name `data_dir`.
+    Raises UserError if there is no folder or no image, and, unless `classnames` is given, if the names of all folders
+    are numbers or those of splits (train, val).
     """
     folders, notes = _class_folders(data_dir, flag), []
     if classnames is None:
+        if all(folder.name.lower() in SPLITS for folder in folders):
+            raise UserError(
+                f"{flag} {data_dir}: its folders are splits (e.g. {folders[0].name}), not classes; give one of them, "
+                f"{flag} {folders[-1]}"
+            )
         if all(NUMBERED_FOLDER.fullmatch(folder.name) for folder in folders):
             raise UserError(
                 f"{flag} {data_dir}: its folders are named by numbers or ids (e.g. {folders[0].name}), not by class; "
@@ -112,8 +123,15 @@ def load_class_folders(
         else:
             classnames = [folder.name for folder in folders]
         classnames = [name.replace("_", " ") for name in classnames]
-    if len(classnames) != len(folders):
+    elif len(classnames) != len(folders):
         raise UserError(f"--class_names: {len(classnames)} names for the {len(folders)} folders of {data_dir}")
+    elif moved := [number for number, folder in enumerate(sorted(folders)) if folder != folders[number]]:
+        example = f"{folders[moved[0]].name} is {classnames[moved[0]]!r}"
+        notes.append(
+            f"--class_names: the folders are in the order of their numbers, not of their text (e.g. {example})"
+        )
+    if repeated := [name for name, count in Counter(classnames).items() if count > 1]:
+        notes.append(f"{len(repeated)} class names belong to several folders (e.g. {repeated[0]!r})")
     labels = {folder: label for label, folder in enumerate(folders)}
     class_ids, title = [folder.name for folder in folders], data_dir.resolve().name
     return _read_images(data_dir, flag, labels, ClassificationSet([], [], list(classnames), class_ids, title, notes))
@@ -123,23 +141,25 @@ def _class_folders(data_dir: Path, flag: str) -> list[Path]:
     if not data_dir.is_dir():
         raise UserError(f"{flag} {data_dir}: the folder does not exist; check the path")
     names = (entry for entry in data_dir.iterdir() if not entry.name.startswith((".", "__MACOSX")))
-    folders = sorted(entry for entry in names if entry.is_dir())
-    if all(folder.name.isdecimal() for folder in folders):
-        folders.sort(key=lambda folder: int(folder.name))
+    folders = sorted((entry for entry in names if entry.is_dir()), key=_natural_key)
     if not folders:
         raise UserError(f"{flag} {data_dir}: contains no folder; it should contain one folder of images per class")
     return folders
 
 
+def _natural_key(folder: Path) -> tuple[list[str | int], str]:
+    """Return the texts and the numbers in a folder's name, in turn; the name itself tells 1 from 01."""
+    parts = re.split(r"(\d+)", folder.name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], folder.name
+
+
 def _read_images(
     data_dir: Path, flag: str, label_of_folder: dict[Path, int], empty: ClassificationSet
 ) -> ClassificationSet:
-    images, labels, others, notes = [], [], [], list(empty.notes)
+    images, labels, notes = [], [], list(empty.notes)
     for folder, label in label_of_folder.items():
         files = list_images(folder, nested=True)
         images += files
-        rest = {file for file in folder.rglob("[!.]*") if file.is_file()} - set(files)
-        others += sorted(file for file in rest if "__MACOSX" not in file.parts)
         labels += [label] * len(files)
     if not images:
         suffixes = ", ".join(sorted(image_suffixes()))
@@ -147,6 +167,5 @@ def _read_images(
     found = set(labels)
     if without := [folder.name for folder, label in label_of_folder.items() if label not in found]:
         notes.append(f"{len(without)} class folders contain no image (e.g. {without[0]})")
-    if others:
-        notes.append(f"{len(others):,} files in the class folders are not images (e.g. {others[0].name})")
+    notes += describe_left_out(data_dir, images, nested=True)
     return empty._replace(images=images, labels=labels, notes=notes)

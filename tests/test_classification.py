@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -127,6 +128,48 @@ def test_a_number_before_every_name_is_no_part_of_it(tmp_path: Path, folders, cl
     assert any(folders[0] in note for note in found.notes) == (classnames[0] != folders[0])
 
 
+@pytest.mark.parametrize(
+    "folders", [("1_cat", "2_dog", "10_bird"), ("class1", "class2", "class10"), ("1.cat", "2.dog", "10.bird")]
+)
+def test_names_of_a_file_follow_the_numbers_in_the_folders_names(tmp_path: Path, folders):
+    make_classes(tmp_path, *(f"{folder}/1.png" for folder in folders))
+    found = load_class_folders(tmp_path, ["cat", "dog", "bird"])
+    assert found.class_ids == list(folders) and any("order of their numbers" in note for note in found.notes)
+    assert [found.class_ids[label] for label in found.labels] == [image.parent.name for image in found.images]
+
+
+def test_folders_of_splits_are_no_classes(tmp_path: Path):
+    make_classes(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/1.png")
+    with pytest.raises(UserError, match=f"are splits .*--data_dir {tmp_path / 'val'}"):
+        load_class_folders(tmp_path)
+
+
+def test_a_name_that_two_folders_have_is_noted(tmp_path: Path):
+    found = load_class_folders(make_classes(tmp_path, "palm_tree/1.png", "palm tree/1.png", "oak/1.png"))
+    assert any("1 class names belong to several folders (e.g. 'palm tree')" in note for note in found.notes)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
+def test_what_is_left_out_is_counted_by_reason(tmp_path: Path):
+    make_classes(tmp_path, "cat/1.png", "dog/1.png", "stray.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat/._1.png")
+    (tmp_path / "cat/broken.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "cat/link").symlink_to(tmp_path / "dog")
+    os.mkfifo(tmp_path / "cat/pipe.png")
+    (tmp_path / "dog/photo.heic").touch()
+    notes = load_class_folders(tmp_path).notes
+    for reason, example in (
+        ("1 images outside of the folders that are read", "stray.png"),
+        ("1 leftovers of macOS", "cat/._1.png"),
+        ("1 broken links", "cat/broken.png"),
+        ("1 links to folders", "cat/link"),
+        ("1 pipes or devices", "cat/pipe.png"),
+        ("1 files that are not images", "dog/photo.heic"),
+    ):
+        assert any(note.startswith(f"left out: {reason}") and f"(e.g. {example})" in note for note in notes), reason
+    assert len(notes) == 6
+
+
 def test_nested_images_count_and_what_is_left_out_is_noted(tmp_path: Path):
     make_classes(tmp_path, "bird/images/1.png", "bird/2.png", "cat/1.png", "cat/__MACOSX/3.png")
     (tmp_path / "dog").mkdir()
@@ -140,4 +183,6 @@ def test_nested_images_count_and_what_is_left_out_is_noted(tmp_path: Path):
 def test_a_variant_of_imagenet_under_another_name_is_noted(tmp_path: Path):
     found = load_imagenet(make_classes(tmp_path / "imagenet-a-mini", "n01498041/1.png"))
     assert found.title == "ImageNet val" and any("1,000 classes" in note for note in found.notes)
-    assert not load_imagenet(make_classes(tmp_path / "val", "n01498041/1.png")).notes[:-1]  # empty classes alone
+    link = tmp_path / "imagenet-a"
+    link.symlink_to(tmp_path / "imagenet-a-mini")
+    assert load_imagenet(link).title == "ImageNet-A" and "among 200 classes" in load_imagenet(link).notes[0]

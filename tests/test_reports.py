@@ -205,12 +205,14 @@ def test_a_file_of_the_same_name_is_kept(folder: Path):
     assert Path("zero_shot_eval_output/set.txt").read_text() == "my notes" and result("set-2")["num_images"] == 2
 
 
-def test_the_demo_keeps_the_figure_of_another_model(folder: Path):
+def test_the_demo_keeps_the_figure_of_another_model(folder: Path, capsys):
     data_dir = make_set(folder / "set", ["apple"]) / "apple"
     flags = ["--img_dir", str(data_dir), "--class_names", "a", "b", "--show_predictions"]
+    (data_dir / "a.heic").touch()
     for checkpoint in ("first", "second", "first"):
         zero_shot_demo.main(["--checkpoint_path", checkpoint, *flags])
     assert sorted(path.name for path in Path("demo_output").iterdir()) == ["demo-2.png", "demo.png"]
+    assert "left out: 1 files that are not images by their suffix (e.g. a.heic)" in capsys.readouterr().out
     for name, checkpoint in (("demo", "first"), ("demo-2", "second")):
         assert f"{checkpoint}/checkpoint_0_1.pt" in Image.open(f"demo_output/{name}.png").info["Description"]
 

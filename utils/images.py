@@ -5,7 +5,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -185,6 +185,27 @@ def list_images(folder: Path, *, nested: bool = False) -> list[Path]:
     files = (file for file in (folder.rglob("*") if nested else folder.iterdir()) if not file.name.startswith("._"))
     files = (file for file in files if file.suffix.lower() in image_suffixes() and file.is_file())
     return sorted(file for file in files if "__MACOSX" not in file.relative_to(folder).parts)
+
+
+def describe_left_out(folder: Path, images: Collection[Path], *, nested: bool = False) -> list[str]:
+    """Return a line for each reason why entries of a folder, if `nested` of its subfolders too, are not in `images`."""
+    left_out: dict[str, list[Path]] = {}
+    for entry in sorted({*(folder.rglob("*") if nested else folder.iterdir())} - {*images}):
+        if reason := _why_left_out(entry, nested):
+            left_out.setdefault(reason, []).append(entry.relative_to(folder))
+    return [f"left out: {len(entries):,} {reason} (e.g. {entries[0]})" for reason, entries in left_out.items()]
+
+
+def _why_left_out(entry: Path, nested: bool) -> str | None:
+    """Return what an entry is that was left out, in the plural; None for a folder whose entries are looked at."""
+    if entry.is_dir():
+        return "links to folders" if nested and entry.is_symlink() else None if nested else "folders"
+    if entry.name.startswith("._") or entry.name == ".DS_Store" or "__MACOSX" in entry.parts:
+        return "leftovers of macOS"
+    if not entry.is_file():
+        return "broken links" if entry.is_symlink() and not entry.exists() else "pipes or devices"
+    is_image = entry.suffix.lower() in image_suffixes()
+    return "images outside of the folders that are read" if is_image else "files that are not images by their suffix"
 
 
 @lru_cache(maxsize=1)
