@@ -1,22 +1,23 @@
 """Find images and their captions in the formats that captioned data sets come in."""
 
-import contextlib
-import csv
-import io
+import gzip
 import json
 import os
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from pycocotools.coco import COCO
-
 from dataloader.config import CaptionSpec
+from dataloader.storage.parquet import ParquetImages, read_parquet, split_images
 from dataloader.storage.shards import Shards
+from dataloader.tables import NUMBERED_NAME, Columns, Notes, Table, captions_in, decode, find_columns, split_lines
 from dataloader.token_table import PackedStrings
 from utils.errors import UserError
 from utils.images import ImageList, list_images
+from utils.text import one_line
 
 COCO_DIR = Path("data/mscoco")
 COCO_STEPS = """
@@ -30,6 +31,23 @@ To train without a download: python train.py --sample"""
 COCO_SCHEMA = {
     "images": {"id": (int, str), "file_name": str},
     "annotations": {"image_id": (int, str), "caption": str},
+}
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face's image folders
+OTHER_SPLITS = "entries are of other splits"
+SPLITS = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),  # restval: the rest of COCO's validation images
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+GZIP = b"\x1f\x8b"
+SIGNATURES = {
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it (unzip {}), or save the workbook as CSV",
+    b"BZh": "compressed with bzip2; unpack it: bunzip2 -k {}",
+    b"\xfd7zXZ": "compressed with xz; unpack it: xz -dk {}",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; unpack it: zstd -d {}",
+    b"<": "a web page or XML, not captions; download the file again",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; get the file: git lfs pull",
 }
 
 
@@ -47,7 +65,8 @@ class CaptionSet(NamedTuple):
     images: list[CaptionedImage]
     missing: list[str]  # names of captioned images that are not on disk
     unusable: list[str] = []  # entries without an image or a caption, e.g. "captions.csv line 7"
-    shards: Shards | None = None  # the images in the same order, if they are in shards
+    shards: Shards | ParquetImages | None = None  # the images in the same order, if they are packed
+    notes: Notes = {}  # what was read in another way than it is written, and where
 
     @property
     def num_images(self) -> int:
@@ -58,7 +77,7 @@ class CaptionSet(NamedTuple):
         return sum(len(image.captions) for image in self.images)
 
     @property
-    def files(self) -> ImageList | Shards:
+    def files(self) -> ImageList | Shards | ParquetImages:
         """The encoded images in order."""
         return self.shards or ImageList(PackedStrings(image.path for image in self.images))
 
@@ -68,12 +87,14 @@ class CaptionSet(NamedTuple):
         return self._replace(images=[self.images[number] for number in numbers], shards=shards)
 
     def describe(self) -> str:
-        """Return a line with the number of images and captions, and what was left out."""
+        """Return a line with the number of images and captions, and what was left out or read in another way."""
         text = f"{self.num_images:,} images, {self.num_captions:,} captions"
         if self.missing:
-            text += f"; {len(self.missing):,} more images are not on disk (e.g. {self.missing[0][:100]})"
+            text += f"; {len(self.missing):,} more images are not on disk (e.g. {one_line(self.missing[0])[:100]})"
         if self.unusable:
-            text += f"; {len(self.unusable):,} entries are unusable (e.g. {self.unusable[0][:100]})"
+            text += f"; {len(self.unusable):,} entries are unusable (e.g. {one_line(self.unusable[0])[:100]})"
+        for note, examples in self.notes.items():
+            text += f"; {len(examples):,} {note} (e.g. {one_line(examples[0])[:100]})"
         return "; ".join([text, *(self.shards.notes if self.shards else [])])
 
 
@@ -83,24 +104,34 @@ def open_captions(spec: CaptionSpec) -> CaptionSet:
     What is missing or unusable is left out and listed. Raises UserError if a path does not exist, the file is not in
     the format, or no image has a caption.
     """
-    if not Path(spec.img_dir).is_dir():
-        raise UserError(f"{spec.flags.img_dir} {spec.img_dir} does not exist; check the path", _steps(spec.img_dir))
+    img_dir = Path(spec.img_dir)
+    if not img_dir.is_dir():
+        problem = _archive(img_dir) if img_dir.is_file() else "does not exist; check the path"
+        problem = problem or "is a file; give the folder of the images"
+        raise UserError(f"{spec.flags.img_dir} {img_dir} {problem}", "" if img_dir.exists() else _steps(img_dir))
     annotations = Annotations(spec)
     format = _detect_format(annotations) if spec.format == "auto" else spec.format
     if format == "shards":
-        shards = Shards.open(Path(spec.img_dir), cache_dir=spec.cache_dir)
+        shards = Shards.open(img_dir, cache_dir=spec.cache_dir)
         found = CaptionSet([CaptionedImage(*sample) for sample in shards.samples()], [], shards.unusable, shards)
     else:
-        found = _find_images(READERS[format](annotations), spec)
-    where = spec.img_dir if format in ("shards", "folder") else spec.annotation_file
+        found = _find_images(READERS[format](annotations), annotations)
+    where = img_dir if format in ("shards", "folder") else annotations.file
     if not found.images and not found.missing:
-        example = f" that fit its images (e.g. {found.unusable[0][:100]})" if found.unusable else ""
+        if OTHER_SPLITS in found.notes:
+            example = one_line(found.notes[OTHER_SPLITS][0])
+            raise UserError(
+                f"{where}: holds no captions of the split {spec.split} (e.g. {example}); give the file of that split, "
+                "or one without splits"
+            )
+        example = f" that fit its images (e.g. {one_line(found.unusable[0])[:100]})" if found.unusable else ""
         raise UserError(f"{where}: holds no captions{example}; check that it is a captions file (captions_*.json)")
     if not found.images:
+        name = found.missing[0]
         raise UserError(
-            f"none of the {len(found.missing):,} images of {where} is in {spec.flags.img_dir} {spec.img_dir} (e.g. "
-            f"{found.missing[0][:100]}); check both paths",
-            _steps(spec.img_dir),
+            f"none of the {len(found.missing):,} images of {where} is in {spec.flags.img_dir} {img_dir} (e.g. "
+            f"{one_line(name)[:100]}); {_find_elsewhere(name, annotations) or 'check both paths'}",
+            _steps(img_dir),
         )
     return found
 
@@ -118,15 +149,25 @@ def read_captions(
 
 
 class Annotations:
-    """The annotation file of a spec, read on the first access and parsed once."""
+    """The annotation file of a spec, read on the first access and parsed once.
+
+    `notes`: what its reader reads in another way than it is written. `images`: those in the file, or None.
+    """
 
     def __init__(self, spec: CaptionSpec) -> None:
         self.spec = spec
         self.file = None if spec.annotation_file is None else Path(spec.annotation_file)
+        self.notes: Notes = {}
+        self.images: ParquetImages | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the file is not given, or is COCO's in data_config.yaml."""
+        return self.file is None or COCO_DIR in self.file.parents
 
     @cached_property
     def content(self) -> bytes:
-        """The bytes of the file. Raises UserError if it cannot be read."""
+        """The bytes of the file, decompressed. Raises UserError if it cannot be read."""
         img_dir, flag = self.spec.img_dir, self.spec.flags.annotation_file
         if self.file is None:
             raise UserError(
@@ -134,40 +175,100 @@ class Annotations:
                 f"another file give {flag}"
             )
         try:
-            return self.file.read_bytes()
+            content = self.file.read_bytes()
+            if problem := _archive(self.file):
+                raise UserError(f"{flag} {self.file} {problem}")
+            return gzip.decompress(content) if content.startswith(GZIP) else content
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise UserError(
+                f"{flag} {self.file} is a gzip file that is cut short or damaged; download it again"
+            ) from None
         except OSError as error:
             steps = "" if self.file.exists() else _steps(self.file)
             raise UserError(f"{flag} {self.file} cannot be read ({error.strerror}); check the path", steps) from None
 
     @cached_property
-    def json(self) -> Any:
-        """The content of a JSON file. Raises UserError if it is not JSON."""
+    def text(self) -> str:
+        """The decoded content. Raises UserError if it is not Unicode text."""
         try:
-            return json.loads(self.content)
-        except (ValueError, RecursionError) as error:
+            return decode(self.content)
+        except ValueError as error:
             raise UserError(
-                f"{self.file}: is not valid JSON ({error}); complete the download, or set another "
-                f"{self.spec.flags.prefix}format"
+                f"{self.file} {error}; if it is text, convert it: iconv -f WINDOWS-1252 -t UTF-8 {self.file} > NEW_FILE"
             ) from None
+
+    @cached_property
+    def json(self) -> Any:
+        """The content of a JSON file, or the list of a JSON Lines file's. Raises UserError if it is neither."""
+        try:
+            return json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        if problem.startswith("Extra data"):
+            lines = [line for line in self.text.split("\n") if line.strip()]
+            try:
+                return [json.loads(line) for line in lines]
+            except (ValueError, RecursionError):
+                problem = f"{problem}, nor JSON Lines"
+        raise UserError(
+            f"{self.file}: is not valid JSON ({problem}); complete the download, or set another "
+            f"{self.spec.flags.prefix}format"
+        )
+
+    def is_other_split(self, value: object, where: str) -> bool:
+        """Return whether an entry belongs to another split than the spec's, and count it."""
+        split = SPLITS.get(str(value).strip().casefold())
+        if split is None:
+            raise UserError(
+                f"{where}: its split is {one_line(repr(value))[:50]}, not train, restval, val or test; rename it"
+            )
+        if split != self.spec.split:
+            self.notes.setdefault(OTHER_SPLITS, []).append(f"{where}: {value}")
+        return split != self.spec.split
+
+    def select(
+        self, columns: Columns, rows: Iterable[tuple[int, Sequence[Any]]], unit: str
+    ) -> Iterator[tuple[int, str, list[str]] | str]:
+        """Yield the number, image name and captions of each row of the split, or where one of them is missing."""
+        image, caption, split, folder = columns
+        for number, row in rows:
+            where = f"{self.file} {unit} {number}"
+            if split is not None and self.is_other_split(row[split], where):
+                continue
+            name = row[image].strip() if isinstance(row[image], str) else ""
+            if "#" in name and (numbered := NUMBERED_NAME.fullmatch(name)):
+                name = numbered[1]
+            if folder is not None and row[folder] and PurePath(row[folder]).name != name:
+                name = f"{row[folder]}/{name}"
+            captions = captions_in(row[caption])
+            yield (number, name, captions) if name and any(map(str.strip, captions)) else where
 
 
 def coco_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
     """Yield the images of a COCO captions file. Raises UserError for any other file."""
     content = annotations.json
     for problem in _coco_problems(content):
-        raise UserError(f"{annotations.file}: {problem}; it should be in COCO's captions format")
-    for number, annotation in enumerate(content["annotations"]):
-        annotation["id"] = number  # pycocotools needs unique ids
-    coco = COCO()
-    coco.dataset = {section: content[section] for section in COCO_SCHEMA}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco.createIndex()
-    for image_id, rows in coco.imgToAnns.items():
-        if image_id in coco.imgs:
-            captions = tuple(row["caption"] for row in rows)
-            yield CaptionedImage(image_id, coco.imgs[image_id]["file_name"], captions)
+        raise UserError(
+            f"{annotations.file}: {problem}; it should be in COCO's captions format, or a list of "
+            '{"image": NAME, "caption": TEXT}'
+        )
+    names: dict[int | str, str] = {}
+    for image in content["images"]:
+        if names.setdefault(image["id"], image["file_name"]) != image["file_name"]:
+            raise UserError(
+                f"{annotations.file}: two images have the same id {one_line(repr(image['id']))} ("
+                f"{one_line(names[image['id']])} and {one_line(image['file_name'])}), so their captions cannot be told "
+                "apart; give each image an id of its own"
+            )
+    captions: dict[int | str, list[str]] = {}
+    for row in content["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for image_id, texts in captions.items():
+        if image_id in names:
+            yield CaptionedImage(image_id, names[image_id], tuple(texts))
         else:
-            yield from [f"the caption of image_id {image_id!r}, which no image has"] * len(rows)
+            yield from [f"the caption of image_id {image_id!r}, which no image has"] * len(texts)
+    yield from (f"{name} without captions" for image_id, name in names.items() if image_id not in captions)
 
 
 def _coco_problems(content: Any) -> Iterator[str]:
@@ -184,45 +285,70 @@ def _coco_problems(content: Any) -> Iterator[str]:
 
 def karpathy_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
     """Yield the images of one split of a Karpathy file (Karpathy & Fei-Fei 2015). Raises UserError for another file."""
-    split = annotations.spec.split
     try:
-        for image in annotations.json["images"]:
-            if image["split"] in ({"train", "restval"} if split == "train" else {split}):
-                name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
-                captions = tuple(sentence["raw"] for sentence in image["sentences"])
-                if not all(isinstance(text, str) for text in (name, *captions)):
-                    raise TypeError(f"the name or a caption of {name!r} is not text")
-                yield CaptionedImage(image.get("cocoid", name), name, captions)
+        for number, image in enumerate(annotations.json["images"]):
+            if annotations.is_other_split(image["split"], f"{annotations.file} image {number}"):
+                continue
+            name = f"{image['filepath']}/{image['filename']}" if image.get("filepath") else image["filename"]
+            captions = tuple(sentence["raw"] for sentence in image["sentences"])
+            if not all(isinstance(text, str) for text in (name, *captions)):
+                raise TypeError(f"the name or a caption of {name!r} is not text")
+            yield CaptionedImage(image.get("cocoid", name), name, captions) if captions else f"{name} without captions"
     except (KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{annotations.file}: is not in Karpathy's format ({problem})") from None
 
 
 def csv_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
-    """Yield the images of a table with one caption per row, comma- or tab-separated. Raises UserError."""
-    file, spec = annotations.file, annotations.spec
-    lines = map(_decode, annotations.content.replace(b"\0", b"").splitlines(keepends=True))
-    header = next(lines, "")
-    delimiter = "\t" if "\t" in header else ","
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    columns, flag = (spec.csv_image_column, spec.csv_caption_column), f"{spec.flags.prefix}csv_image_column"
-    for column in columns:
-        if column not in names:
-            raise UserError(
-                f"{file}: has no column {column!r} (its columns: {', '.join(names)[:200] or 'none'}); set {flag} and "
-                f"{flag.replace('image', 'caption')}"
-            )
-    captions: dict[str, list[str]] = {}  # the rows of an image may be anywhere in the file
-    rows = csv.DictReader(lines, names, delimiter=delimiter)
-    try:
-        for row in rows:
-            name, caption = ((row[column] or "").strip() for column in columns)
-            if name and caption:
-                captions.setdefault(name, []).append(caption)
-            else:
-                yield f"{file} line {rows.line_num + 1}"
-    except csv.Error as error:
-        raise UserError(f"{file} line {rows.line_num + 1}: is not CSV ({error}); correct that line") from None
+    """Yield the images of a table, one row or several for each. Raises UserError as `Table`."""
+    table = Table(annotations.text, annotations.spec, annotations.notes)
+    yield from _group(annotations.select(table.columns, table.rows(), "line"))
+
+
+def json_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
+    """Yield the images of a list of records or of JSON Lines: {"image": NAME, "caption": TEXT or [TEXT, ...]}.
+
+    Raises UserError for any other file.
+    """
+    records = annotations.json
+    records = [records] if isinstance(records, dict) else records if isinstance(records, list) else []
+    names = list({key: None for record in records if isinstance(record, dict) for key in record})
+    columns = find_columns(names, annotations.spec, annotations.notes)
+    rows = ([record.get(name) if isinstance(record, dict) else None for name in names] for record in records)
+    yield from _group(annotations.select(columns, enumerate(rows, start=1), "entry"))
+
+
+def parquet_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
+    """Yield the images of a Parquet file with their paths, or with their bytes, in a column. Raises UserError."""
+    table = read_parquet(annotations.file)
+    columns = find_columns(table.column_names, annotations.spec, annotations.notes)
+    images, paths = split_images(table.column(columns.image))
+    needed = [paths, *(table.column(column).to_pylist() for column in columns[1:] if column is not None)]
+    rows = enumerate(zip(*needed, strict=True), start=1)
+    positions = iter(range(1, 4))
+    columns = Columns(0, *(next(positions) if column is not None else None for column in columns[1:]))
+    if images is None:
+        yield from _group(annotations.select(columns, rows, "row"))
+        return
+    annotations.images = ParquetImages(annotations.file, images, [])
+    rows = ((number, [row[0] or f"row {number}", *row[1:]]) for number, row in rows)
+    for entry in annotations.select(columns, rows, "row"):
+        if isinstance(entry, str):
+            yield entry
+        else:
+            number, name, captions = entry
+            annotations.images.rows.append(number - 1)
+            yield CaptionedImage(name, f"{annotations.file} row {number}", tuple(captions))
+
+
+def _group(entries: Iterable[tuple[int, str, list[str]] | str]) -> Iterator[CaptionedImage | str]:
+    """Put the captions of each image together, in the order of the images' first rows."""
+    captions: dict[str, list[str]] = {}
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            captions.setdefault(entry[1], []).extend(entry[2])
     yield from (CaptionedImage(name, name, tuple(texts)) for name, texts in captions.items())
 
 
@@ -230,11 +356,14 @@ def folder_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
     """Yield the images of a folder and its subfolders, with the lines of the .txt file beside each one."""
     folder = Path(annotations.spec.img_dir)
     for file in list_images(folder, nested=True):
-        name, lines = str(file.relative_to(folder)), []
-        with contextlib.suppress(OSError):
-            lines = file.with_suffix(".txt").read_bytes().splitlines()
-        captions = tuple(_decode(line).strip() for line in lines if line.strip())
-        yield CaptionedImage(name, name, captions) if captions else f"{name} without captions in {file.stem}.txt"
+        name = str(file.relative_to(folder))
+        try:
+            captions = tuple(split_lines(file.with_suffix(".txt").read_bytes()))
+            yield CaptionedImage(name, name, captions) if captions else f"{name} without captions in {file.stem}.txt"
+        except OSError:
+            yield f"{name} without captions in {file.stem}.txt"
+        except ValueError as error:
+            yield f"{name}: {file.stem}.txt {error}"
 
 
 # By format: yields an image, or a description of an unusable entry. A new format also goes into config.FORMATS.
@@ -242,40 +371,127 @@ READERS: dict[str, Callable[[Annotations], Iterator[CaptionedImage | str]]] = {
     "coco": coco_records,
     "karpathy": karpathy_records,
     "csv": csv_records,
+    "json": json_records,
+    "parquet": parquet_records,
     "folder": folder_records,
 }
 
 
 def _detect_format(annotations: Annotations) -> str:
-    """Return the format of a folder and annotation file. Raises UserError if there is none."""
-    img_dir, file = Path(annotations.spec.img_dir), annotations.file
+    """Return the format of a folder and annotation file by their contents. Raises UserError if there is none."""
+    spec, img_dir = annotations.spec, Path(annotations.spec.img_dir)
+    has_file = annotations.file is not None and annotations.file.is_file()
     if any(img_dir.glob("*.tar")):
+        if has_file and not annotations.is_default:
+            raise UserError(
+                f"{img_dir} has shards (*.tar), and {spec.flags.annotation_file} {annotations.file} is given too; say "
+                f"which to read with {spec.flags.prefix}format: shards, or the format of the file"
+            )
         return "shards"
-    if not (file and file.is_file()) and any(img_dir.rglob("*.txt")):
-        return "folder"
-    if file and file.suffix.lower() in (".csv", ".tsv"):
+    if annotations.is_default and not has_file:
+        metadata = [file for file in map(img_dir.joinpath, METADATA_FILES) if file.is_file()]
+        if len(metadata) == 1:
+            annotations.file = metadata[0]
+            annotations.spec = spec._replace(annotation_file=metadata[0])
+        elif any(img_dir.rglob("*.txt")):
+            return "folder"
+        elif compressed := next((file for file in sorted(img_dir.glob("*.tar.*")) if _archive(file)), None):
+            raise UserError(f"{compressed} {_archive(compressed)}")
+    if annotations.file is not None and annotations.file.is_file() and _head(annotations.file).startswith(b"PAR1"):
+        return "parquet"
+    if annotations.text.lstrip()[:1] not in ("{", "["):
         return "csv"
-    images = annotations.json.get("images") if isinstance(annotations.json, dict) else None
-    is_karpathy = isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]
-    return "karpathy" if is_karpathy else "coco"
+    content = annotations.json
+    if isinstance(content, dict):
+        images = content.get("images")
+        if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+            return "karpathy"
+        is_record = not {"images", "annotations"} & content.keys() and any(map(captions_in, content.values()))
+        return "json" if is_record else "coco"
+    return "json" if isinstance(content, list) and any(isinstance(record, dict) for record in content) else "coco"
 
 
-def _find_images(entries: Iterable[CaptionedImage | str], spec: CaptionSpec) -> CaptionSet:
+def _find_images(entries: Iterable[CaptionedImage | str], annotations: Annotations) -> CaptionSet:
     """Return the entries with captions, by whether their images are on disk, and the unusable ones."""
-    img_dir = Path(spec.img_dir)
+    img_dir, notes = Path(annotations.spec.img_dir), annotations.notes
     present = {entry.name for entry in os.scandir(img_dir)}
-    found = CaptionSet([], [], [])
+
+    def find(name: str) -> str | None:
+        if annotations.images is not None:
+            return name
+        if name in present or (("/" in name or os.sep in name) and os.path.isfile(img_dir / name)):  # noqa: PTH113 (NUL)
+            return str(img_dir / name)
+        posix = name.replace("\\", "/")
+        if posix != name and os.path.isfile(img_dir / posix):  # noqa: PTH113
+            notes.setdefault("backslashes are read as folders", []).append(name)
+            return str(img_dir / posix)
+        return None
+
+    found = CaptionSet([], [], [], None, notes)
     for entry in entries:
         if isinstance(entry, str):
             found.unusable.append(entry)
             continue
-        name, captions = entry.path, tuple(_encodable(caption) for caption in entry.captions if caption.strip())
-        is_nested = "/" in name or os.sep in name
-        if captions and (name in present or (is_nested and os.path.isfile(img_dir / name))):  # noqa: PTH113 (NUL)
-            found.images.append(CaptionedImage(entry.image_id, str(img_dir / name), captions))
-        elif captions:
-            found.missing.append(name)
-    return found
+        captions = []
+        for caption in entry.captions:
+            if not caption.strip():
+                found.unusable.append(f"a blank caption of {entry.path}")
+                continue
+            text = _encodable(caption)
+            if text != caption:
+                notes.setdefault("captions contain half a surrogate pair, read as ?", []).append(entry.path)
+            captions.append(text)
+        if not captions:
+            continue
+        if path := find(entry.path):
+            found.images.append(CaptionedImage(entry.image_id, path, tuple(captions)))
+        else:
+            found.missing.append(entry.path)
+    return found._replace(shards=annotations.images)
+
+
+def _find_elsewhere(name: str, annotations: Annotations) -> str | None:
+    """Return how to correct the names of images that are in another folder than the names say."""
+    flag, img_dir = annotations.spec.flags.img_dir, Path(annotations.spec.img_dir)
+    if "://" in name:
+        return "these are web addresses: download the images with img2dataset first"
+    parts = [part for part in re.split(r"[\\/]", name) if part]
+    for number in range(len(parts)):
+        rest = "/".join(parts[number:])
+        for folder in (img_dir, img_dir.resolve().parent):
+            if os.path.isfile(folder / rest):  # noqa: PTH113
+                prefix = name[: name.rindex(parts[number])] if number or name[0] in "\\/" else ""
+                if not prefix:
+                    return f"they are in {folder}: give {flag} {folder}"
+                prefix = name[: len(name) - len(rest)]
+                there = "" if folder == img_dir else f", and give {flag} {folder}"
+                return f"{rest} is in {folder}: remove {one_line(prefix)} from the names in the file{there}"
+    for file in img_dir.rglob("*"):
+        if parts and file.name == parts[-1]:
+            return f"{parts[-1]} is in {file.parent}: give {flag} that folder"
+        if parts and file.stem == parts[-1]:
+            return f"there is {file}: the names in the file lack the suffix {file.suffix}"
+    return None
+
+
+def _head(file: Path) -> bytes:
+    """Return the first bytes of a file. Raises OSError."""
+    with file.open("rb") as opened:
+        return opened.read(512)
+
+
+def _archive(file: Path) -> str | None:
+    """Say of a file that has to be unpacked or downloaded again what it is and how to do so. Raises OSError."""
+    head = _head(file)
+    if head.startswith(GZIP):
+        with gzip.open(file) as opened:
+            is_tar = opened.read(512)[257:262] == b"ustar"
+        return f"is a compressed archive; unpack it: tar -xzf {file}" if is_tar else None
+    if head[257:262] == b"ustar":
+        return f"is an archive; unpack it (tar -xf {file}), or give the folder of such shards instead of it"
+    return next(
+        (f"is {what.format(file)}" for start, what in SIGNATURES.items() if head.lstrip().startswith(start)), None
+    )
 
 
 def _steps(path: str | Path) -> str:
@@ -286,11 +502,3 @@ def _steps(path: str | Path) -> str:
 def _encodable(caption: str) -> str:
     """Return a caption without lone surrogates, which JSON may contain but UTF-8 cannot encode."""
     return caption if caption.isascii() else caption.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _decode(line: bytes) -> str:
-    """Decode a line as UTF-8, or as Windows-1252 if it is not valid UTF-8."""
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return line.decode("cp1252", errors="replace")

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from utils.config import Config, Overrides, PositiveShare, Share, load_config
 
 CONFIG_FILE = Path(__file__).with_name("data_config.yaml")
-FORMATS = ("auto", "coco", "karpathy", "csv", "folder", "shards")  # captions.py reads them
+FORMATS = ("auto", "coco", "karpathy", "csv", "json", "parquet", "folder", "shards")  # captions.py reads them
 
 
 class CaptionFlags(NamedTuple):
@@ -29,7 +29,7 @@ class CaptionSpec(NamedTuple):
     format: str = "auto"  # one of FORMATS
     csv_image_column: str = "filepath"
     csv_caption_column: str = "title"
-    split: str = "train"  # of a Karpathy file: train (includes restval), val or test
+    split: str = "train"  # of a file that has splits: train (includes restval), val or test
     flags: CaptionFlags = CaptionFlags()
     cache_dir: str | None = None  # for the index of shards on a disk that cannot be written
 
@@ -70,7 +70,7 @@ class DataConfig(Config):
     @property
     def default_format(self) -> str:
         """The format of files other than the training set's: `format` if it is an annotation file's, else auto."""
-        return self.format if self.format in ("coco", "karpathy", "csv") else "auto"
+        return self.format if self.format in ("coco", "karpathy", "csv", "json", "parquet") else "auto"
 
     def captions(self, split: Literal["train", "val"]) -> CaptionSpec | None:
         """Return where the training or validation captions are, or None for no validation set."""
@@ -92,8 +92,8 @@ def add_caption_flags(parser: argparse.ArgumentParser) -> None:
     """Add --format, --csv_image_column and --csv_caption_column; `caption_spec` reads them."""
     default = "default: that of data_config.yaml"
     parser.add_argument("--format", choices=FORMATS, help=f"of the captions ({default})")
-    parser.add_argument("--csv_image_column", metavar="NAME", help=f"of a CSV file: the image's file name ({default})")
-    parser.add_argument("--csv_caption_column", metavar="NAME", help=f"of a CSV file: the caption ({default})")
+    parser.add_argument("--csv_image_column", metavar="NAME", help=f"of a table: the image's file name ({default})")
+    parser.add_argument("--csv_caption_column", metavar="NAME", help=f"of a table: the caption ({default})")
 
 
 def caption_spec(args: argparse.Namespace, img_dir_flag: str, split: str) -> CaptionSpec:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dataloader.storage.identity import fingerprint, stamps
+from dataloader.tables import split_lines
 from dataloader.token_table import PackedStrings
 from utils.errors import UserError
 from utils.files import atomic_open
@@ -147,7 +148,7 @@ def write_index(file: Path, index: Index) -> None:
 
 
 def texts_of(content: Mapping[str, bytes], key: str) -> tuple[int | str, list[str]]:
-    """Return the image id and captions in the `json` member of a sample, or in its `txt` member."""
+    """Return the image id and captions in the `json` member of a sample, or the lines of its `txt` member."""
     try:
         record = json.loads(content.get("json", b"{}"))
     except (ValueError, RecursionError):
@@ -155,7 +156,8 @@ def texts_of(content: Mapping[str, bytes], key: str) -> tuple[int | str, list[st
     record = record if isinstance(record, dict) else {}
     captions = record.get("captions", record.get("caption"))
     if not captions and "txt" in content:
-        captions = content["txt"].decode("utf-8", errors="replace")
+        with contextlib.suppress(ValueError):  # no caption rather than a wrong one
+            captions = split_lines(content["txt"])
     captions = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
     captions = [caption for caption in captions if isinstance(caption, str) and caption.strip()]
     image_id = record.get("image_id", key)
