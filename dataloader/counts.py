@@ -27,6 +27,7 @@ def count_captions(found: CaptionSet, context_length: int) -> dict[str, Any]:
         "captions": len(captions),
         "images_missing": len(found.missing),
         "entries_unusable": len(found.unusable),
+        "notes": {note: len(examples) for note, examples in found.notes.items()},
         "context_length": context_length,
         "captions_cut": sum(_is_cut(caption, context_length) for caption in captions),
         "captions_repeated": len(captions) - len(set(captions)),

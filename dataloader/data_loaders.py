@@ -61,9 +61,7 @@ class OpenedData(NamedTuple):
             names = relative_names([url.partition("?")[0] for url in train.urls])  # without a signature
             return f"{train.num_images} images, fingerprint {fingerprint(names)}"
         paths, shards = [image.path for image in train.images], train.shards
-        contents = (
-            [shards.index[column][shards.rows] for column in ("size", "crc")] if shards else [stamps(paths)[:, 0]]
-        )
+        contents = shards.contents() if shards else [stamps(paths)[:, 0]]
         counts = np.array([len(image.captions) for image in train.images], dtype=np.int64)
         captions = [caption for image in train.images for caption in image.captions]
         value = fingerprint(relative_names(paths), *contents, counts, captions)

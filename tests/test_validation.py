@@ -12,12 +12,13 @@ from PIL import Image
 
 import train
 from benchmarks.soak import same
-from dataloader.captions import CaptionedImage, CaptionSet, read_captions
+from dataloader.captions import read_captions
 from model import load_clip
 from tests.conftest import make_captions
 from tests.runs import Captions, ForkedRun, read_rows, same_end, send, tiny_flags, val_flags
 from trainer.run.checkpoint import list_checkpoints
-from trainer.run.validation import Validation, shared_images
+from trainer.run.validation import Validation
+from utils.errors import UserError
 from utils.retrieval import retrieval_metrics
 
 NUM_HELD_OUT, UNREADABLE = 13, 4
@@ -37,7 +38,8 @@ def held_out(tmp_path_factory) -> Captions:
 
 
 def flags_for(data: Captions, output: Path, *, epochs: int = 3, batch_size: int = 8, **changes: object) -> list[str]:
-    settings = {"model.transformer_width": 16, "trainer.logging_steps": 3, "trainer.save_steps": 3, **changes}
+    settings = {"model.transformer_width": 16, "trainer.logging_steps": 3, "trainer.save_steps": 3}
+    settings |= {"dataloader.allow_missing": True, **changes}
     return tiny_flags(data, output, epochs=epochs, batch_size=batch_size, **settings)
 
 
@@ -136,10 +138,23 @@ def test_the_best_metric_selects_and_nan_never_wins(tmp_path: Path, data, held_o
     assert "NaN" not in last and json.loads(last)["val_loss"] is None  # JSON has no NaN
 
 
-def test_shared_images_have_an_id_and_a_caption_in_common():
-    training = CaptionSet([CaptionedImage(1, "a.jpg", ("a", "b")), CaptionedImage(2, "b.jpg", ("c",))], [])
-    held_out = CaptionSet([CaptionedImage(1, "x/a.jpg", ("b", "z")), CaptionedImage(2, "other.jpg", ("d",))], [])
-    assert shared_images(held_out, training) == [1]
+def test_too_many_unreadable_held_out_images_give_no_figure(tmp_path: Path, data, held_out, capsys):
+    flags = flags_for(data, tmp_path / "run", epochs=1, **{"dataloader.allow_missing": False})
+    train.main([*flags, *val_flags(held_out)])
+    assert "1 of the 13 held-out images are missing or unreadable" in capsys.readouterr().out
+    assert not [row for row in read_rows(tmp_path / "run") if "val_loss" in row]
+    assert not (tmp_path / "run/saved_checkpoints/best.pt").exists()
+
+
+def test_missing_held_out_images_are_refused_before_training(tmp_path: Path, data):
+    img_dir, annotation_file = make_captions(tmp_path, num_images=10)
+    next(img_dir.iterdir()).unlink()
+    flags = [*tiny_flags(data, tmp_path / "run", epochs=1), *val_flags((img_dir, annotation_file))]
+    with pytest.raises(UserError, match="1 of the 10 held-out images .* --allow_missing"):
+        train.main(flags)
+    train.main([*flags, "--allow_missing"])
+    row = read_rows(tmp_path / "run", "val_loss")[-1]
+    assert (row["val_images"], row["val_images_left_out"]) == (9, 1)
 
 
 def test_training_on_the_validation_images_is_warned_about(tmp_path: Path, data, capsys):

@@ -66,9 +66,7 @@ class OtherPackError(UserError):
 def make_spec(train_set: CaptionSet, form: str, size: int, images_per_chunk: int = 1000) -> PackSpec:
     """Describe the pack of these images. Raises UserError if they are in shards."""
     if train_set.shards:
-        raise UserError(
-            f"{train_set.shards.folder} contains shards, which are packed images already; set dataloader.cache to none"
-        )
+        raise UserError(f"{train_set.shards.folder} holds packed images already; set dataloader.cache to none")
     names = fingerprint(relative_names([image.path for image in train_set.images]))
     return PackSpec(form, size, images_per_chunk, train_set.num_images, names)
 

@@ -1,9 +1,12 @@
 """Read captions, and images if they are inside, from Parquet files through the package `pyarrow`."""
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.errors import UserError
 from utils.images import UnreadableImageError
@@ -12,7 +15,7 @@ from utils.images import UnreadableImageError
 class ParquetImages(Sequence[io.BytesIO]):
     """The encoded images in a binary column of a file, in memory. `rows`: the row of each image, counted from 0."""
 
-    side = None  # as in `Shards`: unknown
+    side, notes = None, ()  # as in `Shards`
 
     def __init__(self, file: Path, column: Any, rows: list[int]) -> None:
         self.folder = file
@@ -31,6 +34,11 @@ class ParquetImages(Sequence[io.BytesIO]):
     def name(self, number: int) -> str:
         """Return "FILE row 3", counted from 1."""
         return f"{self.folder} row {self.rows[number] + 1}"
+
+    def contents(self) -> list[np.ndarray]:
+        """Return the size in bytes and the CRC-32 of each image, int64 [num_images] each."""
+        images = [self.column[row].as_py() or b"" for row in self.rows]
+        return [np.array([function(image) for image in images], dtype=np.int64) for function in (len, zlib.crc32)]
 
     def take(self, numbers: Sequence[int]) -> "ParquetImages":
         """Return the images at these positions."""

@@ -83,6 +83,10 @@ class Shards(Sequence[io.BytesIO]):
         row = self.rows[number]
         return f"{self.folder / self.index['files'][self.index['shard'][row]]}/{self.keys[row]}"
 
+    def contents(self) -> list[np.ndarray]:
+        """Return the size in bytes and the CRC-32 of each image, int64 [num_images] each."""
+        return [self.index[column][self.rows] for column in ("size", "crc")]
+
     @property
     def side(self) -> int | None:
         """The short side of every image in pixels if `dataloader.pack` made the shards, else None."""
