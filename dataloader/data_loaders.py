@@ -222,6 +222,9 @@ class TrainLoader:
         self.wait_seconds += time.perf_counter() - start
         if batch is None:
             return None
+        if not len(batch.images):
+            example = f" (e.g. {one_line(' '.join(batch.failures[0]))})" if batch.failures else ""
+            raise UserError(f"no sample of the stream has a readable image and a caption{example}; check its shards")
         self._report(batch.failures)
         images = self.dataset.source.to_device(batch.images, batch.indices, self.device)
         return batch._replace(images=images, tokens=batch.tokens.to(self.device, non_blocking=True))

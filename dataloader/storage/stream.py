@@ -24,13 +24,14 @@ from utils.images import UnreadableImageError, read_pixels
 from utils.tokenizer import get_tokenizer
 
 SHUFFLE_BUFFER = 2000  # encoded samples of each worker
+MAX_FAILURES = 100  # unreadable samples in a row, if `max_unreadable` is less
 
 
 class ShardStream:
     """Shards to read in sequence. `urls`: paths or addresses with braces ({00000..00099}), or pipe:COMMAND.
 
     `num_images`: of an epoch; None counts them in a `sizes.json` beside the shards. Raises UserError if neither is
-    known, or the package `webdataset` is not installed.
+    known, a shard on a disk is missing, or the package `webdataset` is not installed.
     """
 
     def __init__(self, urls: str, num_images: int | None) -> None:
@@ -40,6 +41,12 @@ class ShardStream:
             raise UserError("format stream needs another package: pip install webdataset") from None
         self.urls = webdataset.shardlists.expand_urls(urls)
         self.num_shards = len(self.urls)
+        missing = [url for url in self.urls if not (":" in url or Path(url).is_file())]
+        if missing:
+            raise UserError(
+                f"{len(missing):,} of the {self.num_shards:,} shards do not exist (e.g. {missing[0]}); check "
+                "--train_img_dir"
+            )
         sizes = Path(urls).parent / "sizes.json"
         if num_images is None and sizes.is_file():
             counts = json.loads(sizes.read_bytes())
@@ -58,6 +65,8 @@ class ShardStream:
 
 class StreamDataset(IterableDataset):
     """Endless training batches of a stream; each pass reads the shards in a new order.
+
+    A batch without images, and the last one, says in `failures` why no sample of the stream can be read.
 
     Shards are split by process and worker, then shuffled in a buffer: the same seed, start, number of processes and of
     workers give the same batches. The other attributes are those of `CaptionDataset`.
@@ -98,7 +107,11 @@ class StreamDataset(IterableDataset):
             draws = random_numbers(seed, number, rows, NUM_DRAWS)
             images, captions, failures = [], [], []
             while len(images) < self.batch_size:
-                sample = next(samples)
+                sample = next(samples, None)
+                if sample is None or len(failures) > max(self.max_unreadable, MAX_FAILURES):
+                    nothing = torch.empty(0, dtype=torch.int64)
+                    yield Batch(nothing, nothing, nothing, draws[:0], failures)
+                    return
                 try:
                     image, texts = _decode(sample, self.augmentation.size)
                 except UnreadableImageError as error:
@@ -113,26 +126,31 @@ class StreamDataset(IterableDataset):
             yield Batch(torch.stack(images).permute(0, 3, 1, 2), tokens, unknown, draws, failures)
 
     def _samples(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-        """Yield the samples of this worker's shards forever."""
+        """Yield the samples of this worker's shards, with their `__captions__`, until a pass has no usable one."""
         import webdataset
 
         urls = list(webdataset.split_by_worker(webdataset.split_by_node(self.urls)))
         if not urls:
             raise UserError(f"{len(self.urls)} shards are too few for this number of processes; make more shards")
 
-        def shards() -> Iterator[dict[str, str]]:
-            while True:
-                yield from ({"url": urls[number]} for number in rng.permutation(len(urls)))
-
         read = webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue)
+
+        def passes() -> Iterator[dict[str, Any]]:
+            is_usable = True
+            while is_usable:
+                is_usable = False
+                for sample in read({"url": urls[number]} for number in rng.permutation(len(urls))):
+                    _, sample["__captions__"] = texts_of(sample, sample["__key__"])
+                    is_usable |= bool(sample["__captions__"]) and not sample.keys().isdisjoint(IMAGE_MEMBERS)
+                    yield sample
+
         shuffle = webdataset.shuffle(SHUFFLE_BUFFER, rng=random.Random(int(rng.integers(2**31))))
-        return iter(shuffle(read(shards())))
+        return iter(shuffle(passes()))
 
 
 def _decode(sample: dict[str, Any], size: int) -> tuple[Tensor, list[str]]:
     """Return the image as `read_pixels` does, and its captions. Raises UnreadableImageError."""
     data = next((sample[suffix] for suffix in IMAGE_MEMBERS if suffix in sample), None)
-    _, captions = texts_of(sample, sample["__key__"])
-    if data is None or not captions:
+    if data is None or not sample["__captions__"]:
         raise UnreadableImageError("has no image or no caption")
-    return read_pixels(io.BytesIO(data), size), captions
+    return read_pixels(io.BytesIO(data), size), sample["__captions__"]

@@ -36,6 +36,8 @@ def describe_run(schedule: Schedule, runtime: Runtime, state: TrainState, data: 
         f"{schedule.warmup_steps:,} of them warmup",
         "optimizer": f"{optimizer.type}, peak lr {optimizer.params.lr:g}, weight decay {weight_decay:.3g}",
     }
+    if data.val:
+        rows["validation"] = data.val.describe()
     if data.classes:
         sizes = f"{len(data.classes.images):,} images of {len(data.classes.classnames):,} classes"
         rows["zero-shot"] = one_line("; ".join([sizes, *data.classes.notes]))
