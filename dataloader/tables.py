@@ -111,10 +111,12 @@ def _match_columns(names: Sequence[str], spec: CaptionSpec) -> Columns:
 
 def _no_columns(problem: str, names: Sequence[str], spec: CaptionSpec) -> UserError:
     flag = f"{spec.flags.prefix}csv_image_column"
-    advice = f"set {flag} and {flag.replace('image', 'caption')}, or name its columns filepath and title"
+    advice = f"set {flag} and {flag.replace('image', 'caption')}, or put a header like filepath,title above its rows"
     if any("://" in name for name in names):
         advice = "its images are web addresses: download them with img2dataset first"
     columns = one_line(", ".join(names))[:200] or "none"
+    if len(names) == 1:
+        problem, advice = "is neither JSON nor a table", f"give a file with a header like filepath,title; {advice}"
     return UserError(f"{spec.annotation_file}: {problem} (its columns: {columns}); {advice}")
 
 

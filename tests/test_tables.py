@@ -238,6 +238,7 @@ def test_parquet_without_pyarrow_is_one_sentence(folder: Path, monkeypatch):
         read(folder, b"PAR1" + b"\0" * 20, "captions.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("annotations", ["coco_mini/annotations/captions_val2017_all5000.json",
                                          "flickr8k/annotations/captions_train.json"])  # fmt: skip
 def test_real_captions_in_every_format_are_the_same(data_dir: Path, tmp_path: Path, annotations):
