@@ -1,6 +1,8 @@
 """Find images and their captions in the formats that captioned data sets come in."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import re
@@ -9,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
+
+from pycocotools.coco import COCO
 
 from dataloader.config import CaptionSpec
 from dataloader.storage.parquet import ParquetImages, read_parquet, split_images
@@ -260,15 +264,18 @@ def coco_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
                 f"{one_line(names[image['id']])} and {one_line(image['file_name'])}), so their captions cannot be told "
                 "apart; give each image an id of its own"
             )
-    captions: dict[int | str, list[str]] = {}
-    for row in content["annotations"]:
-        captions.setdefault(row["image_id"], []).append(row["caption"])
-    for image_id, texts in captions.items():
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["id"] = number  # pycocotools needs unique ids
+    coco = COCO()
+    coco.dataset = {section: content[section] for section in COCO_SCHEMA}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    for image_id, rows in coco.imgToAnns.items():
         if image_id in names:
-            yield CaptionedImage(image_id, names[image_id], tuple(texts))
+            yield CaptionedImage(image_id, names[image_id], tuple(row["caption"] for row in rows))
         else:
-            yield from [f"the caption of image_id {image_id!r}, which no image has"] * len(texts)
-    yield from (f"{name} without captions" for image_id, name in names.items() if image_id not in captions)
+            yield from [f"the caption of image_id {image_id!r}, which no image has"] * len(rows)
+    yield from (f"{name} without captions" for image_id, name in names.items() if image_id not in coco.imgToAnns)
 
 
 def _coco_problems(content: Any) -> Iterator[str]:

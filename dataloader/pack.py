@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     train_set = open_captions(caption_spec(args, "--img_dir", "train"))
     if train_set.shards:
-        raise UserError(
-            f"--img_dir {args.img_dir}: contains shards, packed images already; give a folder of image files"
-        )
+        raise UserError(f"{train_set.shards.folder}: contains packed images already; give a folder of image files")
+    print(train_set.describe())
     spec = make_spec(train_set, args.form, args.size, args.images_per_shard)
     logger = logging.Logger("pack")
     logger.addHandler(logging.StreamHandler(sys.stdout))

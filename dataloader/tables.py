@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dataloader.config import CaptionSpec
@@ -111,10 +111,12 @@ def _match_columns(names: Sequence[str], spec: CaptionSpec) -> Columns:
 
 def _no_columns(problem: str, names: Sequence[str], spec: CaptionSpec) -> UserError:
     flag = f"{spec.flags.prefix}csv_image_column"
-    advice = f"set {flag} and {flag.replace('image', 'caption')}, or name its columns filepath and title"
+    advice = f"set {flag} and {flag.replace('image', 'caption')}, or put a header like filepath,title above its rows"
     if any("://" in name for name in names):
         advice = "its images are web addresses: download them with img2dataset first"
     columns = one_line(", ".join(names))[:200] or "none"
+    if len(names) == 1:
+        problem, advice = "is neither JSON nor a table", f"give a file with a header like filepath,title; {advice}"
     return UserError(f"{spec.annotation_file}: {problem} (its columns: {columns}); {advice}")
 
 
@@ -144,91 +146,98 @@ class Table:
             re.match(f"[^{mark}]*{mark} ", line) for line in self.lines[self.start :] if line.strip()
         )
 
-    def rows(self) -> list[Row]:
-        """Return the rows. Raises UserError for one that does not fit the header.
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises UserError for one that does not fit the header.
 
         Quotes have CSV's meaning (RFC 4180) where the whole table fits it. Where it does not, and in a tab-separated
         table whose quotes enclose nothing that needs them, they belong to the captions.
         """
-        width = len(self.names)
-        rows = [row if len(row[1]) == width else self._fit(*row) for row in self._split_all()]
-        return [(line, [cell.strip() for cell in cells]) for line, cells in rows] if self.is_padded else rows
-
-    def _split_all(self) -> list[Row]:
-        has_quotes, is_tabbed, problem = any('"' in line for line in self.lines), self.delimiter == "\t", None
-        if has_quotes and not self.is_numbered:
-            try:
-                rows = self._split(is_quoted=True)
-                problem = self._swallowed_row(rows)
-                rows = _without_blank(rows)
-                if not problem and (not is_tabbed or self._needs_quotes(rows)):
-                    return rows
-            except csv.Error as error:
-                problem = str(error)
         try:
-            rows = _without_blank(self._split(is_quoted=False))
+            for number, cells in self._split(is_quoted=self._is_quoted()):
+                if len(cells) != len(self.names):
+                    if not "".join(cells).strip():
+                        continue
+                    cells = self._fit(number, cells)
+                yield number, [cell.strip() for cell in cells] if self.is_padded else cells
         except csv.Error as error:
             raise UserError(f"{self.file} {error}; correct that line") from None
-        is_exact = all(len(cells) == len(self.names) for _, cells in rows)
-        enclosed = any(cell.strip()[:1] == cell.strip()[-1:] == '"' for _, cells in rows for cell in cells)
-        if problem and not is_tabbed and (not is_exact or enclosed):
-            raise UserError(f'{self.file} {problem}; correct the quotes there (in a quoted caption write "" for one)')
-        return rows
 
-    def _split(self, *, is_quoted: bool) -> list[Row]:
-        """Split the lines into rows. Raises csv.Error, which names the line."""
+    def _split(self, *, is_quoted: bool) -> Iterator[Row]:
+        """Split the lines into rows, with blank ones. Raises csv.Error, which names the line."""
         quoting = {"strict": True, "skipinitialspace": self.is_padded} if is_quoted else {"quoting": csv.QUOTE_NONE}
         reader = csv.reader(self.lines[self.start :], delimiter=self.delimiter, **quoting)
         try:
-            return [(self.start + reader.line_num, row) for row in reader]
+            for row in reader:
+                yield self.start + reader.line_num, row
         except csv.Error as error:
             raise csv.Error(f"line {self.start + reader.line_num}: is not CSV ({error})") from None
 
-    def _swallowed_row(self, rows: Sequence[Row]) -> str | None:
+    def _is_quoted(self) -> bool:
+        """Return whether quotes have CSV's meaning. Raises UserError if neither reading fits."""
+        opening = re.compile(f'(^|{re.escape(self.delimiter)}) *"')
+        if self.is_numbered or not any('"' in line and opening.search(line) for line in self.lines[self.start :]):
+            return False
+        try:
+            problem = self._swallowed_row()
+        except csv.Error as error:
+            problem = str(error)
+        if self.delimiter == "\t":
+            return not problem and self._needs_quotes()
+        if problem:
+            for _, cells in self._split(is_quoted=False):
+                is_enclosed = any(cell.strip()[:1] == cell.strip()[-1:] == '"' for cell in cells)
+                if is_enclosed or (len(cells) != len(self.names) and "".join(cells).strip()):
+                    raise UserError(
+                        f"{self.file} {problem}; correct the quotes (in a quoted caption, write two for one)"
+                    )
+        return not problem
+
+    def _swallowed_row(self) -> str | None:
         """Return where a quoted cell contains what looks like a row of its own: a stray quote joined them.
 
-        Counts the captions that contain a line break and a delimiter.
+        Counts the captions that contain a line break and a delimiter. Raises csv.Error if the quotes are not CSV's.
         """
-        end = self.start
-        for number, cells in rows:
-            for line in self.lines[end + 1 : number] if number > end + 1 else ():
-                parts = line.split(self.delimiter)
-                if len(parts) >= len(self.names) and _is_image_name(parts[self.columns.image]):
-                    return f"line {end + 1}: a quote opens there and closes in line {number}, around another row"
-            if number > end + 1 and any("\n" in cell and self.delimiter in cell for cell in cells):
-                self.notes.setdefault("captions contain a line break and a delimiter", []).append(f"line {end + 1}")
+        problem, joined, end = None, [], self.start
+        for number, cells in self._split(is_quoted=True):
+            if number > end + 1:
+                for line in self.lines[end + 1 : number]:
+                    parts = line.split(self.delimiter)
+                    if len(parts) >= len(self.names) and _is_image_name(parts[self.columns.image]):
+                        problem = problem or f"line {end + 1}: a quote opens and closes in line {number}, around a row"
+                if any("\n" in cell and self.delimiter in cell for cell in cells):
+                    joined.append(f"line {end + 1}")
             end = number
-        return None
+        if joined and not problem:
+            self.notes["captions contain a line break and a delimiter"] = joined
+        return problem
 
-    def _needs_quotes(self, rows: Sequence[Row]) -> bool:
+    def _needs_quotes(self) -> bool:
         """Return whether quotes enclose a delimiter, a line break or another quote, or all captions."""
-        plain = _without_blank(self._split(is_quoted=False))
-        if len(plain) != len(rows):
-            return True
-        changed = [(cells, raw) for (_, cells), (_, raw) in zip(rows, plain, strict=True) if cells != raw]
-        return len(changed) == len(rows) or any(
-            len(cells) != len(raw) or any('"' in cell and cell != other for cell, other in zip(cells, raw, strict=True))
-            for cells, raw in changed
-        )
+        is_all = True
+        for (number, cells), (end, raw) in zip(self._split(is_quoted=True), self._split(is_quoted=False), strict=False):
+            if number != end or len(cells) != len(raw):
+                return True
+            if cells != raw and any('"' in cell and cell != other for cell, other in zip(cells, raw, strict=True)):
+                return True
+            is_all &= cells != raw or not cells
+        return is_all
 
-    def _fit(self, number: int, cells: list[str]) -> Row:
+    def _fit(self, number: int, cells: list[str]) -> list[str]:
         """Return a row with a cell for every name: a long one with its caption rejoined, a short one filled up."""
         width, line, mark = len(self.names), self.lines[number - 1].rstrip("\r\n"), self.delimiter
         found = f"{self.file} line {number}: has {len(cells)} fields, but the header {width}"
         if len(cells) < width:
             if self.columns.image >= len(cells) or not _is_image_name(cells[self.columns.image]):
                 raise UserError(f"{found}; put captions that contain a line break in quotes")
-            return number, cells + [""] * (width - len(cells))
+            return cells + [""] * (width - len(cells))
         *others, caption = line.split(mark, width - 1)
-        is_clear = "".join(cells[width:]).strip() and f"\\{mark}" not in caption and caption.lstrip()[:1] != '"'
-        if self.columns.caption != width - 1 or not is_clear or others != cells[: width - 1]:
+        is_clear = f"\\{mark}" not in caption and caption.lstrip()[:1] != '"' and others == cells[: width - 1]
+        if not "".join(cells[width:]).strip():  # a caption that ends with a delimiter, or empty columns
+            is_clear &= not all(line.rstrip("\r\n").endswith(mark) for line in self.lines[self.start :])
+        if self.columns.caption != width - 1 or not is_clear:
             raise UserError(f"{found}; put captions that contain {mark!r} in quotes")
         self.notes.setdefault(f"captions that contain {mark!r} are rejoined", []).append(f"line {number}")
-        return number, [*others, caption]
-
-
-def _without_blank(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if len(row[1]) > 1 or "".join(row[1]).strip()]
+        return [*others, caption]
 
 
 def _is_image_name(cell: str) -> bool:

@@ -111,7 +111,7 @@ def found(caption_set) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t"), ("csv", "\t")])
 def test_csv_rows_of_one_image_are_put_together(tmp_path: Path, suffix, delimiter):
     img_dir = make_files(tmp_path, "a.jpg", "sub/b.jpg")
-    rows = [("filepath", "split", "title"), ("a.jpg", "x", "a cat"), ("sub/b.jpg", "x", '"a dog, ""Rex"""')]
+    rows = [("filepath", "id", "title"), ("a.jpg", "x", "a cat"), ("sub/b.jpg", "x", '"a dog, ""Rex"""')]
     rows += [("a.jpg", "x", "a black cat"), (str(img_dir / "a.jpg"), "x", "by its whole path")]
     (tmp_path / f"c.{suffix}").write_text("\n".join(map(delimiter.join, rows)))
     caption_set = read_captions(img_dir, tmp_path / f"c.{suffix}")
@@ -121,19 +121,20 @@ def test_csv_rows_of_one_image_are_put_together(tmp_path: Path, suffix, delimite
 
 def test_bad_csv_rows_are_left_out_and_counted(tmp_path: Path):
     img_dir = make_files(tmp_path, "a.jpg", "b.jpg")
-    lines = [b"\xef\xbb\xbfimage,caption", b"a.jpg,caf\xc3\xa9", b"a.jpg", b",no image", b"b.jpg,  ", b"b.jpg,caf\xe9"]
+    lines = [b"\xef\xbb\xbfimage,caption", b"a.jpg,caf\xc3\xa9", b"a.jpg", b",no image", b"b.jpg,  ", b"b.jpg,tea"]
     (tmp_path / "c.csv").write_bytes(b"\r\n".join([*lines, b"b.jpg,nul\x00", b"gone.jpg,a dog"]))
     caption_set = read_captions(img_dir, tmp_path / "c.csv", csv_columns=("image", "caption"))
-    assert found(caption_set) == {"a.jpg": ("café",), "b.jpg": ("café", "nul")}
+    assert found(caption_set) == {"a.jpg": ("café",), "b.jpg": ("tea", "nul")}
     assert [entry.rpartition(" ")[2] for entry in caption_set.unusable] == ["3", "4", "5"]  # lines of the file
     assert caption_set.missing == ["gone.jpg"]
-    assert "3 entries are unusable" in caption_set.describe() and "1 more images are not on" in caption_set.describe()
+    for part in ("3 entries are unusable", "1 more images are not on", "1 NUL characters are left out (e.g. line 7)"):
+        assert part in caption_set.describe()
 
 
 def test_a_csv_without_the_columns_names_those_it_has(tmp_path: Path):
     img_dir = make_files(tmp_path, "a.jpg")
-    (tmp_path / "c.csv").write_text("image,caption\na.jpg,a cat\n")
-    with pytest.raises(UserError, match=r"no column 'filepath' \(its columns: image, caption\).* --csv_image_column"):
+    (tmp_path / "c.csv").write_text("photo,words\na.jpg,a cat\n")
+    with pytest.raises(UserError, match=r"no column 'filepath' \(its columns: photo, words\).* --csv_image_column"):
         read_captions(img_dir, tmp_path / "c.csv")
 
 
@@ -156,14 +157,15 @@ def test_karpathys_splits_are_kept_apart(tmp_path: Path):
 def test_a_folder_of_images_and_texts_is_read(tmp_path: Path):
     img_dir = make_files(tmp_path, "a.jpg", "sub/b.PNG", "no_text.jpg", "empty.jpg", "empty.txt", "only.txt")
     (img_dir / "a.txt").write_text("a cat\n\n a black cat \n", encoding="utf-8")
-    (img_dir / "sub" / "b.txt").write_bytes(b"caf\xe9")
+    (img_dir / "sub" / "b.txt").write_text("café", encoding="utf-16")
+    (make_files(tmp_path, "old.jpg") / "old.txt").write_bytes(b"caf\xe9")
     caption_set = read_captions(img_dir)
-    assert found(caption_set) == {"a.jpg": ("a cat", "a black cat"), "b.PNG": ("café",)}
+    assert found(caption_set) == {"a.jpg": ("a cat", " a black cat "), "b.PNG": ("café",)}
     assert caption_set.missing == []
-    assert [entry.split()[0] for entry in caption_set.unusable] == ["empty.jpg", "no_text.jpg"]
-    assert found(read_captions(img_dir, tmp_path / "nowhere.json")) == found(
-        caption_set
-    )  # the default of data_config.yaml
+    assert [entry.split()[0] for entry in caption_set.unusable] == ["empty.jpg", "no_text.jpg", "old.jpg:"]
+    assert found(read_captions(img_dir, load_data_config().train_annotation_file)) == found(caption_set)
+    with pytest.raises(UserError, match="nowhere.json cannot be read"):
+        read_captions(img_dir, tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="neither shards"):
         read_captions(make_files(tmp_path / "other", "a.jpg"))
     with pytest.raises(UserError, match="images: holds no captions .* a.jpg without captions in a.txt"):
@@ -173,6 +175,12 @@ def test_a_folder_of_images_and_texts_is_read(tmp_path: Path):
 def test_two_images_of_one_id_and_file_keep_their_captions(tmp_path: Path):
     content = {"images": [IMAGE, IMAGE], "annotations": [{**CAPTION, "id": 5}, {**CAPTION, "id": 5}]}
     assert [image.captions for image in read_captions(*write(tmp_path, content)).images] == [("a cat", "a cat")]
+
+
+def test_two_images_of_one_id_and_other_files_are_refused(tmp_path: Path):
+    content = {"images": [IMAGE, {**IMAGE, "file_name": "b.jpg"}], "annotations": [CAPTION]}
+    with pytest.raises(UserError, match=r"two images have the same id 1 \(a.jpg and b.jpg\)"):
+        read_captions(*write(tmp_path, content, files=("a.jpg", "b.jpg")))
 
 
 def test_every_format_has_a_reader():

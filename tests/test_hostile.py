@@ -176,12 +176,12 @@ def changed(section: str, **values) -> dict:
 
 ANNOTATIONS = {
     "truncated": (json.dumps(GOOD)[:60], "JSON"),
-    "empty": ("", "JSON"),
+    "empty": ("", "is empty"),
     "not UTF-8": (b"\xff\xfe{}", "JSON"),
     "deep": ("[" * 100_000, "JSON"),
     "a list": ("[1, 2]", "'images'"),
-    "a number": ("3", "'images'"),
-    "null": ("null", "'images'"),
+    "a number": ("3", "neither JSON nor a table"),
+    "null": ("null", "neither JSON nor a table"),
     "images of another type": ({**GOOD, "images": {"1": {}}}, "'images'"),
     "no annotations": ({"images": GOOD["images"]}, "'annotations'"),
     "a missing key": ({**GOOD, "annotations": [{"image_id": 1}]}, "entry 0 of 'annotations' has no usable 'caption'"),
@@ -229,14 +229,14 @@ def test_strange_captions_are_used(folder: Path, tmp_path: Path):
 
 def test_a_malformed_table_is_read_as_far_as_possible(folder: Path, tmp_path: Path):
     (tmp_path / "a.csv").write_bytes(
-        b"filepath,title\n000000000000.png,\xff caf\xe9\n000000000001.png\n../../etc/passwd,x\n"
+        b"filepath,title\n000000000000.png,caf\xc3\xa9\n000000000001.png\n../../etc/passwd,x\n"
         b"\x00000000000002.png,b,c,d\n,\n"
     )
     found = read_captions(folder / "images", tmp_path / "a.csv")
     assert [image.image_id for image in found.images] == ["000000000000.png", "000000000002.png"]
     assert len(found.unusable) == 2 and found.missing == ["../../etc/passwd"]
     for content, message in (
-        (b"", "no column"),
+        (b"", "is empty"),
         (b"a,b\n1,2\n", "no column"),
         (b'filepath,title\na,"b', "none of the"),
     ):

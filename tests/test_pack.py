@@ -89,7 +89,7 @@ def test_a_table_with_other_columns_is_packed(tmp_path: Path):
     flags = ["--format", "csv", "--csv_image_column", "image", "--csv_caption_column", "caption"]
     pack_command.main(pack_flags((img_dir, table), tmp_path / "out", *flags))
     assert [image.captions for image in read_captions(tmp_path / "out").images] == [("a cat",), ("a dog",)]
-    with pytest.raises(UserError, match="contains shards"):
+    with pytest.raises(UserError, match="contains packed images"):
         pack_command.main(["--img_dir", str(tmp_path / "out"), "--output", str(tmp_path / "again")])
 
 
