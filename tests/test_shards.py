@@ -140,7 +140,7 @@ def test_an_index_that_cannot_be_written_beside_its_shards_goes_to_the_cache(tmp
             assert [captions for *_, captions in shards.samples()] == [(name,)] and len(shards.notes) == notes
     (tmp_path / "cache").rename(tmp_path / "moved")
     (tmp_path / "cache").touch()
-    assert "so the index is in memory" in Shards.open(tmp_path / "a", cache_dir=tmp_path / "cache").notes[1]
+    assert "so the index goes to memory" in Shards.open(tmp_path / "a", cache_dir=tmp_path / "cache").notes[1]
 
 
 def test_the_index_of_another_pack_is_not_believed(tmp_path: Path):

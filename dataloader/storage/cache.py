@@ -67,7 +67,7 @@ def _lock(folder: Path, logger: logging.Logger) -> Iterator[None]:
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            logger.info(f"waiting for another run that builds the cache {folder}")
+            logger.info(f"waiting for another run that builds {folder}; if there is none, delete {lock.lock_file}")
             lock.acquire()
     try:
         yield

@@ -5,6 +5,7 @@ import os
 import stat
 import zlib
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ def fingerprint(*columns: Sequence[str] | np.ndarray) -> str:
 
 def relative_names(paths: Sequence[str]) -> list[str]:
     """Return the paths below the deepest folder that they share: the same wherever that folder is moved."""
-    common = os.path.commonprefix(paths)
+    pairs = zip(min(paths, default=""), max(paths, default=""), strict=False)
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = max(common.rfind("/"), common.rfind(os.sep)) + 1
     return [path[start:].replace(os.sep, "/") for path in paths]
 

@@ -99,7 +99,8 @@ def read_manifest(train_set: CaptionSet, folder: Path, spec: PackSpec, logger: l
 
 def _difference(manifest: Any, train_set: CaptionSet, folder: Path, spec: PackSpec, logger: logging.Logger) -> str:
     """Return why a folder with this manifest is not, or not the beginning of, the pack of these images, or ""."""
-    if not isinstance(manifest, dict) or manifest.keys() != {*spec._fields, "unreadable"}:
+    is_known = isinstance(manifest, dict) and manifest.keys() == {*spec._fields, "unreadable"}
+    if not is_known or not isinstance(manifest["unreadable"], list | None):
         return f"its {MANIFEST_FILE} is damaged or of an earlier version"
     for key, value in spec._asdict().items():
         if manifest[key] != value:
@@ -112,7 +113,9 @@ def _difference(manifest: Any, train_set: CaptionSet, folder: Path, spec: PackSp
         recorded = sources["image_stamps"]
         if len(times := np.flatnonzero((image_stamps != recorded).any(axis=1))):
             changed = np.flatnonzero(image_stamps[:, 0] != recorded[:, 0])  # in size
-            if not len(changed):
+            if not len(changed) and not is_finished:
+                changed = times  # there are no checksums yet
+            elif not len(changed):
                 logger.info(f"comparing {len(times):,} images, whose times have changed, with those of {folder}")
                 changed = times[_map(checksum, [paths[number] for number in times]) != sources["image_crc"][times]]
             if len(changed):

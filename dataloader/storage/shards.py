@@ -24,6 +24,7 @@ from dataloader.token_table import PackedStrings
 from utils.errors import UserError
 from utils.files import atomic_open
 from utils.images import UnreadableImageError
+from utils.text import one_line
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
@@ -42,7 +43,7 @@ class Shards(Sequence[io.BytesIO]):
         self.folder = folder
         self.index = index
         self.rows = rows
-        self.notes = list(notes)
+        self.notes = [one_line(note) for note in notes]
         self.keys = PackedStrings.from_arrays(index["keys"], index["keys_ends"])
         self.unusable: list[str] = index["unusable"].tolist()
         self.is_checked = np.zeros(len(index["crc"]), dtype=bool)  # each process checks an image once
@@ -206,15 +207,13 @@ def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str]]
                 index = old | current | {"unusable": np.array(unusable)}  # its checksums tell the damaged images
                 break
             notes.append(f"{file} was of other shards, and was made anew ({changed[0]} has changed)")
-    for file in files:
+    for file, place in zip(files, [*files[1:], "memory"], strict=True):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_index(file, index)
-        except OSError as error:
-            place = files[-1] if cache_dir else "memory"
-            notes.append(f"{file} cannot be written ({error.strerror}), so the index is in {place}")
-        else:
             break
+        except OSError as error:
+            notes.append(f"{file} cannot be written ({error.strerror}), so the index goes to {place}")
     return index, notes
 
 
