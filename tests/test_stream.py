@@ -78,6 +78,16 @@ def test_an_unreadable_image_in_a_stream_is_skipped_and_logged(tmp_path: Path):
     assert len(batches) == 50 and len(messages) == 1 and "0.tar/7" in messages[0]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("members", [{"a.jpg": jpeg((1, 2, 3))}, {"a.jpg": b"no", "a.txt": b"a thing"}, {}])
+def test_a_stream_without_a_usable_sample_ends(tmp_path: Path, members, num_workers):
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(UserError, match="no sample of the stream has a readable image and a caption"):
+        list(stream(tmp_path / "0.tar", stream_num_images=500, num_workers=num_workers))
+    with pytest.raises(UserError, match="1 of the 1 shards do not exist"):
+        stream(tmp_path / "1.tar", stream_num_images=8)
+
+
 def test_images_of_a_stream_are_flipped(tmp_path: Path):
     members = {}
     for number in range(20):

@@ -23,6 +23,7 @@ from utils.files import atomic_open
 from utils.images import UnreadableImageError
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
+REPEATED = ""  # in a sample that has two members of one name: which caption is whose is unknown
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 Index = dict[str, np.ndarray]  # what `index_shards` returns
 
@@ -119,8 +120,9 @@ def index_shards(folder: Path) -> Index:
         for key, sample in samples.items():
             image = next((sample[suffix] for suffix in IMAGE_MEMBERS if suffix in sample), None)
             image_id, captions = texts_of(sample, key)
-            if image is None or not captions:
-                unusable.append(f"{file}/{key} (has no {'image' if image is None else 'caption'})")
+            if image is None or not captions or REPEATED in sample:
+                problem = "is there twice" if REPEATED in sample else f"has no {'caption' if image else 'image'}"
+                unusable.append(f"{file}/{key} ({problem})")
                 continue
             rows.append((shard, *image))
             keys.append(key)
@@ -172,7 +174,10 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[st
         value = tar.extractfile(member).read()
     elif suffix in IMAGE_MEMBERS:
         value = member.offset_data, member.size, zlib.crc32(tar.extractfile(member).read())
-    samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[suffix] = value
+    sample = samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})
+    if suffix in sample:
+        sample[REPEATED] = True
+    sample[suffix] = value
 
 
 def _read_index(folder: Path) -> Index | None:
