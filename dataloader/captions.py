@@ -17,7 +17,17 @@ from pycocotools.coco import COCO
 from dataloader.config import CaptionSpec
 from dataloader.storage.parquet import ParquetImages, read_parquet, split_images
 from dataloader.storage.shards import Shards
-from dataloader.tables import NUMBERED_NAME, Columns, Notes, Table, captions_in, decode, find_columns, split_lines
+from dataloader.tables import (
+    NUMBERED_NAME,
+    Columns,
+    Notes,
+    Table,
+    captions_in,
+    decode,
+    find_columns,
+    is_image_name,
+    split_lines,
+)
 from dataloader.token_table import PackedStrings
 from utils.errors import UserError
 from utils.images import ImageList, list_images
@@ -239,7 +249,7 @@ class Annotations:
             where = f"{self.file} {unit} {number}"
             if split is not None and self.is_other_split(row[split], where):
                 continue
-            name = row[image].strip() if isinstance(row[image], str) else ""
+            name = row[image].strip().removeprefix("./") if isinstance(row[image], str) else ""
             if "#" in name and (numbered := NUMBERED_NAME.fullmatch(name)):
                 name = numbered[1]
             if folder is not None and row[folder] and PurePath(row[folder]).name != name:
@@ -315,10 +325,13 @@ def csv_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
 def json_records(annotations: Annotations) -> Iterator[CaptionedImage | str]:
     """Yield the images of a list of records or of JSON Lines: {"image": NAME, "caption": TEXT or [TEXT, ...]}.
 
-    Raises UserError for any other file.
+    Also of one object {NAME: TEXT or [TEXT, ...], ...}. Raises UserError for any other file.
     """
     records = annotations.json
-    records = [records] if isinstance(records, dict) else records if isinstance(records, list) else []
+    if isinstance(records, dict) and all(map(is_image_name, records)):  # parsed again, since a name may be there twice
+        pairs = json.loads(annotations.text, object_pairs_hook=list)
+        records = [dict(zip(("image", "caption"), pair, strict=True)) for pair in pairs]
+    records = records if isinstance(records, list) else [records]
     names = list({key: None for record in records if isinstance(record, dict) for key in record})
     columns = find_columns(names, annotations.spec, annotations.notes)
     rows = ([record.get(name) if isinstance(record, dict) else None for name in names] for record in records)
@@ -463,21 +476,18 @@ def _find_elsewhere(name: str, annotations: Annotations) -> str | None:
     if "://" in name:
         return "these are web addresses: download the images with img2dataset first"
     parts = [part for part in re.split(r"[\\/]", name) if part]
-    for number in range(len(parts)):
+    above = img_dir.resolve().parent
+    if os.path.isfile(above / name):  # noqa: PTH113
+        return f"they are in {above}: give {flag} {above}"
+    for number in range(1, len(parts)):
         rest = "/".join(parts[number:])
-        for folder in (img_dir, img_dir.resolve().parent):
-            if os.path.isfile(folder / rest):  # noqa: PTH113
-                prefix = name[: name.rindex(parts[number])] if number or name[0] in "\\/" else ""
-                if not prefix:
-                    return f"they are in {folder}: give {flag} {folder}"
-                prefix = name[: len(name) - len(rest)]
-                there = "" if folder == img_dir else f", and give {flag} {folder}"
-                return f"{rest} is in {folder}: remove {one_line(prefix)} from the names in the file{there}"
-    for file in img_dir.rglob("*"):
-        if parts and file.name == parts[-1]:
-            return f"{parts[-1]} is in {file.parent}: give {flag} that folder"
-        if parts and file.stem == parts[-1]:
-            return f"there is {file}: the names in the file lack the suffix {file.suffix}"
+        if os.path.isfile(img_dir / rest):  # noqa: PTH113
+            return f"{rest} is in {img_dir}: remove {one_line(name[: -len(rest)])} from the names in the file"
+    for file in img_dir.rglob("*") if parts else ():
+        if file.name == parts[-1]:
+            return f"{file.name} is in {file.parent}: give {flag} that folder"
+        if parts[-1].casefold() in (file.name.casefold(), file.stem.casefold()):
+            return f"there is {file}: write the names in the file as they are on the disk"
     return None
 
 

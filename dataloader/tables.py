@@ -202,7 +202,7 @@ class Table:
             if number > end + 1:
                 for line in self.lines[end + 1 : number]:
                     parts = line.split(self.delimiter)
-                    if len(parts) >= len(self.names) and _is_image_name(parts[self.columns.image]):
+                    if len(parts) >= len(self.names) and is_image_name(parts[self.columns.image]):
                         problem = problem or f"line {end + 1}: a quote opens and closes in line {number}, around a row"
                 if any("\n" in cell and self.delimiter in cell for cell in cells):
                     joined.append(f"line {end + 1}")
@@ -227,7 +227,7 @@ class Table:
         width, line, mark = len(self.names), self.lines[number - 1].rstrip("\r\n"), self.delimiter
         found = f"{self.file} line {number}: has {len(cells)} fields, but the header {width}"
         if len(cells) < width:
-            if self.columns.image >= len(cells) or not _is_image_name(cells[self.columns.image]):
+            if self.columns.image >= len(cells) or not is_image_name(cells[self.columns.image]):
                 raise UserError(f"{found}; put captions that contain a line break in quotes")
             return cells + [""] * (width - len(cells))
         *others, caption = line.split(mark, width - 1)
@@ -240,7 +240,8 @@ class Table:
         return [*others, caption]
 
 
-def _is_image_name(cell: str) -> bool:
+def is_image_name(cell: str) -> bool:
+    """Return whether a text ends with the suffix of an image."""
     name = NUMBERED_NAME.sub(r"\1", cell.strip(' "'))
     return "." in name and f".{name.rpartition('.')[2].lower()}" in image_suffixes()
 

@@ -111,6 +111,16 @@ def test_shards_of_img2dataset_are_read(tmp_path: Path):
     assert read_pixels(read.shards[3], 16).shape == (3, 30, 40)
 
 
+def test_two_samples_of_one_key_are_not_mixed(tmp_path: Path):
+    write_tar(
+        tmp_path / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": b"one", "b.jpg": jpeg((4, 5, 6)), "b.txt": b"two"}
+    )
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    read = read_captions(tmp_path)
+    assert [image.captions for image in read.images] == [("two",)] and "0.tar/a (is there twice)" in read.unusable[0]
+
+
 def test_the_index_is_made_again_when_other_tools_shards_change(tmp_path: Path):
     write_tar(tmp_path / "0.tar", {"a.jpg": jpeg((1, 2, 3)), "a.txt": b"one"})
     assert len(read_captions(tmp_path).images) == 1 and (tmp_path / INDEX_FILE).is_file()

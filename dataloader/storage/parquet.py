@@ -58,7 +58,7 @@ def read_parquet(file: Path) -> Any:
         return parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: is Parquet, but not complete or damaged ({reason}); download it again") from None
+        raise UserError(f"{file}: is not Parquet, or is damaged ({reason}); complete the download") from None
 
 
 def split_images(column: Any) -> tuple[Any, list[str | None]]:

@@ -27,6 +27,7 @@ from utils.images import UnreadableImageError
 from utils.text import one_line
 
 INDEX_FILE, MANIFEST_FILE = "index.npz", "pack.json"
+REPEATED = ""  # in a sample that has two members of one name: which caption is whose is unknown
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 Index = dict[str, np.ndarray]  # what `index_shards` returns
 
@@ -129,8 +130,9 @@ def index_shards(folder: Path) -> Index:
         for key, sample in samples.items():
             image = next((sample[suffix] for suffix in IMAGE_MEMBERS if suffix in sample), None)
             image_id, captions = texts_of(sample, key)
-            if image is None or not captions:
-                unusable.append(f"{file}/{key} (has no {'image' if image is None else 'caption'})")
+            if image is None or not captions or REPEATED in sample:
+                problem = "is there twice" if REPEATED in sample else f"has no {'caption' if image else 'image'}"
+                unusable.append(f"{file}/{key} ({problem})")
                 continue
             rows.append((shard, *image))
             keys.append(key)
@@ -182,7 +184,10 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[st
         value = tar.extractfile(member).read()
     elif suffix in IMAGE_MEMBERS:
         value = member.offset_data, member.size, zlib.crc32(tar.extractfile(member).read())
-    samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[suffix] = value
+    sample = samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})
+    if suffix in sample:
+        sample[REPEATED] = True
+    sample[suffix] = value
 
 
 def _open_index(folder: Path, cache_dir: Path | None) -> tuple[Index, list[str]]:
