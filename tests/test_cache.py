@@ -185,5 +185,5 @@ def test_shards_are_not_cached_again(tmp_path: Path):
     files = make_captions(tmp_path)
     make_loader(files, tmp_path / "cache", "jpeg")
     shards = read_captions(tmp_path / "cache" / "shards_37")
-    with pytest.raises(UserError, match="shards_37 contains shards"):
+    with pytest.raises(UserError, match="shards_37 holds packed images"):
         open_loader(shards, make_sampler(24, 8), cache="pixels", cache_dir=str(tmp_path / "other"))

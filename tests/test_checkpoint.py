@@ -119,7 +119,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path):
     save(make_writer(tmp_path, keep_last=0), make_state(130))
     assert len(names(tmp_path)) == 3 and find(tmp_path)["global_step"] == 130
     (tmp_path / "checkpoint_of_may_5.pt").touch()
-    writer.save(make_state(140))
+    save(writer, make_state(140))
     assert names(tmp_path) == ["checkpoint_3_130.pt", "checkpoint_3_140.pt", "checkpoint_of_may_5.pt"]
 
 
@@ -189,11 +189,11 @@ def test_a_folder_of_damaged_checkpoints_does_not_start_anew(tmp_path: Path):
 
 def test_other_training_data_is_refused_unless_it_is_allowed(tmp_path: Path):
     state, logger = make_state(), ListLogger()
-    make_writer(tmp_path).save(state)
+    save(make_writer(tmp_path), state)
     assert find_checkpoint("auto", tmp_path, logger, training_data="24 images")["training_data"] == ""
     assert "does not record its training data" in logger.messages.pop()
     state.training_data = "24 images, fingerprint 1"
-    make_writer(tmp_path).save(state)
+    save(make_writer(tmp_path), state)
     same, other = {"training_data": "24 images, fingerprint 1"}, {"training_data": "9 images, fingerprint 2"}
     assert find_checkpoint("auto", tmp_path, logger, **same) and not logger.messages
     with pytest.raises(UserError, match="was 24 images, .*, is now 9 images, .*--allow_other_data"):

@@ -221,6 +221,9 @@ def test_predictions_have_a_row_for_each_image(folder: Path):
     data_dir = make_set(folder / "set", ["0_apple", "1_apple", "2_a, b"])
     (data_dir / "2_a, b" / "2.png").write_bytes(b"x")
     flags = ["--dataset_type", "folder", "--data_dir", data_dir, "--class_names", "apple", "apple", "a, b"]
+    with pytest.raises(UserError, match="1 of the 4 held-out images"):
+        evaluate(*flags)
+    flags.append("--allow_missing")
     evaluate(*flags, "--predictions", "new/p.csv")
     with Path("new/p.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
@@ -361,9 +364,9 @@ def test_the_demo_prints_the_similarities_of_texts_as_json(folder: Path, capsys)
 def test_retrieval_reads_any_table_by_the_names_of_its_columns(folder: Path):
     img_dir, _ = make_captions(folder / "data", num_images=3)
     rows = [f"{file.name},a picture,{index}" for index, file in enumerate(sorted(img_dir.iterdir()))]
-    Path("table.txt").write_text("\n".join(["image,text,number", *rows]) + "\n")
+    Path("table.txt").write_text("\n".join(["image,words,number", *rows]) + "\n")
     flags = ["--dataset_type", "retrieval", "--data_dir", img_dir, "--annotation_file", "table.txt", "--format", "csv"]
-    evaluate(*flags, "--csv_image_column", "image", "--csv_caption_column", "text")
+    evaluate(*flags, "--csv_image_column", "image", "--csv_caption_column", "words")
     assert (result("table")["num_images"], result("table")["num_captions"]) == (3, 3)
     with pytest.raises(UserError, match="--csv_caption_column"):
         evaluate(*flags, "--csv_image_column", "image")

@@ -1,6 +1,7 @@
 """The steps of a run, what is due after them, and the lines that announce them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from model import CLIP
 from tests.conftest import TINY
 from trainer.config import load_train_config
 from trainer.optim import build_optimizer
-from trainer.parallel import Runtime, init_runtime, wrap
+from trainer.parallel import Runtime, choose_precision, init_runtime, wrap
 from trainer.run.summary import describe_run
 from trainer.schedule import Schedule, cosine_warmup_lr, make_sampler
 from utils.errors import UserError
@@ -103,7 +104,7 @@ def test_the_description_states_data_model_device_and_steps(caption_files):
     schedule = make_schedule(640, gradient_accumulation_steps=2)
     model = CLIP(TINY)
     data = OpenedData(read_captions(*caption_files), None, None)
-    text = describe_run(schedule, CPU, SimpleNamespace(model=model), data)
+    text = describe_run(schedule, CPU, SimpleNamespace(model=model), data, data.count(77))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     for part in ("23 images, 46 captions", f"{num_parameters:,} parameters", "CPU", "= 128 per step, 64 in each loss",
                  "175 (35 epochs of 5), 35 of them warmup", "peak lr 0.0005, weight decay 0.1"):  # fmt: skip
@@ -113,14 +114,45 @@ def test_the_description_states_data_model_device_and_steps(caption_files):
 def test_the_cpu_runs_the_bare_model_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("trainer.parallel.has_native_bf16", lambda device: False)
     runtime = init_runtime(load_train_config())
     model = CLIP(TINY)
-    assert runtime == CPU and wrap(model, runtime, load_train_config()).model is model
+    assert (
+        runtime == replace(CPU, reason="the device has no native bf16")
+        and wrap(model, runtime, load_train_config()).model is model
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "is_native", "expected"),
+    [
+        ("cuda", True, "bf16"),
+        ("cuda", False, "fp16"),
+        ("cpu", True, "bf16"),
+        ("cpu", False, "fp32"),
+        ("mps", False, "fp32"),
+    ],
+)
+def test_the_precision_is_what_the_device_computes_natively(monkeypatch, device, is_native, expected):
+    asked = lambda including_emulation=True: is_native or including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: is_native)
+    precision, reason = choose_precision("auto", torch.device(device))
+    assert precision == expected and reason
+    assert choose_precision("bf16", torch.device(device)) == ("bf16", "")
+
+
+def test_several_slurm_tasks_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(UserError, match="4 tasks.*torchrun"):
+        init_runtime(load_train_config({"n_gpu": 0}))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --ntasks=1 inside of the job
+    assert init_runtime(load_train_config({"n_gpu": 0})).world_size == 1
 
 
 def test_n_gpu_bounds_the_number_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert init_runtime(load_train_config()).num_devices == 4
     assert init_runtime(load_train_config({"n_gpu": 0})).device.type == "cpu"
@@ -145,7 +177,7 @@ def test_options_that_need_a_gpu_are_refused_without_one(monkeypatch, change, me
 
 def test_compilation_is_refused_under_dataparallel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="compile"):
         init_runtime(load_train_config({"compile": True}))
