@@ -112,6 +112,6 @@ def _tail(path: str) -> bytes:
 
 def _is_cut(caption: str, context_length: int) -> bool:
     limit = context_length - 2  # without the markers
-    if caption.isascii() and len(caption) <= limit:  # a token has at least one character
+    if caption.isascii() and len(caption) - caption.count(" ") <= limit:  # each token has a character, and no space
         return False
     return len(get_tokenizer().encode(caption)) > limit
