@@ -80,6 +80,7 @@ class CheckpointWriter:
         self.seconds = 0.0  # of the slowest save so far
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._unfinished: Future[None] | None = None
+        self._copy: dict[str, Any] = {}  # of the last files; its memory is used again
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -121,7 +122,9 @@ class CheckpointWriter:
     def _begin(self, write: Callable[..., Any], content: dict[str, Any], *args: Any) -> None:
         """Copy the content to the memory of the CPU, and let the thread write it once the previous file is written."""
         self.wait()
-        self._unfinished = self._thread.submit(write, _copied(content), *args)
+        copy = _copied(content, self._copy)
+        self._copy |= copy
+        self._unfinished = self._thread.submit(write, copy, *args)
 
     def _write_and_tidy(self, content: dict[str, Any], path: Path, start: float) -> None:
         if not self._write(content, path):
@@ -238,13 +241,21 @@ def _content(state: TrainState, rank_states: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _copied(content: Any) -> Any:
-    """Return checkpoint content with all tensors copied to the CPU."""
+def _copied(content: Any, earlier: Any = None) -> Any:
+    """Return checkpoint content with all tensors copied to the CPU: into those of an `earlier` copy where they fit.
+
+    New memory for each copy would leave gaps in the process's memory, which then grows.
+    """
     if isinstance(content, dict):
-        return {key: _copied(value) for key, value in content.items()}
+        earlier = earlier if isinstance(earlier, dict) else {}
+        return {key: _copied(value, earlier.get(key)) for key, value in content.items()}
     if isinstance(content, list):
         return [_copied(value) for value in content]
-    return content.detach().to("cpu", copy=True) if isinstance(content, torch.Tensor) else content
+    if not isinstance(content, torch.Tensor):
+        return content
+    if isinstance(earlier, torch.Tensor) and (earlier.shape, earlier.dtype) == (content.shape, content.dtype):
+        return earlier.copy_(content.detach())
+    return content.detach().to("cpu", copy=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
