@@ -125,7 +125,7 @@ def test_zero_shot_accuracy_is_measured_and_may_select_the_best(tmp_path: Path, 
 def test_the_best_metric_selects_and_nan_never_wins(tmp_path: Path, data, held_out, monkeypatch, metric, best_step):
     results = iter([(0.5, 1.0), (0.9, 2.0), (math.nan, math.nan)])
 
-    def scripted(self):
+    def scripted(self, logger):
         recall, loss = next(results)
         names = [f"{direction}_R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
         return {"loss": loss, "mean_recall": recall, "text_to_image_median_rank": 1.0,
