@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import signal
 import subprocess
 import time
@@ -130,7 +131,7 @@ def test_three_processes_continue_exactly_and_another_number_at_the_same_place(t
     wait_for_rows(tmp_path / "stopped", 2)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     printed, _ = process.communicate(timeout=120)
-    assert "stopped by SIGTERM after step" in printed, printed
+    assert re.search("stopped by (SIGTERM|a signal to another process) after step", printed), printed
     place = last_checkpoint(tmp_path / "stopped")
     torch.save(place, tmp_path / "place.pt")
 
