@@ -235,6 +235,8 @@ class TrainLoader:
         self.advice = dataset.advice
         self.wait = IdleClock(device)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.copies:
+            self.copies.wait_stream(torch.cuda.current_stream(device))  # which copied the pixels that the GPU holds
         if self.dataset.source.note:
             logger.info(self.dataset.source.note)
         self.unreadable: set[str] = set()

@@ -24,6 +24,8 @@ from model import CLIP, CLIPConfig
 from model.config import COCO_MEAN, COCO_STD
 from utils import errors
 
+torch.cpu._is_avx512_bf16_supported = lambda: False  # the same precision on every machine
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 

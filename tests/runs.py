@@ -30,7 +30,7 @@ Captions = tuple[Path, Path]  # img_dir, annotation_file
 def tiny_flags(data: Captions, output: Path, *, epochs: int = 2, batch_size: int = 8, **settings: object) -> list[str]:
     """Return train.py's flags for a tiny model, without workers. `settings` are values by their dotted keys."""
     tiny = {f"model.{key}": getattr(TINY, key) for key in TINY_KEYS}
-    settings = {**tiny, "trainer.num_workers": 0, "trainer.logging_steps": 2, **settings}
+    settings = {**tiny, "trainer.precision": "fp32", "trainer.num_workers": 0, "trainer.logging_steps": 2, **settings}
     flags = ["--train_img_dir", data[0], "--train_annotation_file", data[1], "--output_dir", output]
     flags += ["--model", "RN-small", "--epochs", epochs, "--batch_size", batch_size]
     for key, value in settings.items():
